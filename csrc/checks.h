@@ -1,0 +1,69 @@
+// What every backend's ops demand of their arguments, checked once. vggfast/ops.py sends only calls that pass; these guard the raw
+// ops.
+#pragma once
+#include <string>
+
+#include "torch_glue.h"
+
+namespace vggfast {
+
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+inline void check_image(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4, name, ": expected [N, C, H, W], got ", shape_of(t));
+  for (int i = 1; i < 4; ++i) STD_TORCH_CHECK(t.size(i) > 0, name, ": expected C, H, W of at least 1, got ", shape_of(t));
+  dtype_of(t);
+}
+
+inline void check_same_kind(const Tensor& t, const char* name, const Tensor& as, const char* as_name) {
+  STD_TORCH_CHECK(t.scalar_type() == as.scalar_type(), name, ": expected the dtype of ", as_name, ", ", as.scalar_type(), ", got ",
+                  t.scalar_type());
+  STD_TORCH_CHECK(t.device() == as.device(), name, ": expected on the device of ", as_name);
+}
+
+inline void check_weight(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.size(0) > 0 && weight.size(1) > 0,
+                  "weight: expected [C_out, C_in, 3, 3], got ", shape_of(weight));
+}
+
+inline void check_conv3x3(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, bool pool) {
+  check_image(x, "x");
+  check_weight(weight);
+  check_same_kind(weight, "weight", x, "x");
+  STD_TORCH_CHECK(x.size(1) == weight.size(1), "x: expected ", weight.size(1), " channels, as weight ", shape_of(weight),
+                  " has, got ", shape_of(x));
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias: expected [", weight.size(0), "], got ",
+                    shape_of(*bias));
+    check_same_kind(*bias, "bias", x, "x");
+  }
+  STD_TORCH_CHECK(!pool || (x.size(2) >= 2 && x.size(3) >= 2), "x: expected H and W of at least 2 to pool, got ", shape_of(x));
+}
+
+// A gradient of [n, c, h, w], or of that after a 2x2 pool, with what the forward pass saved about it.
+inline void check_gradient(const Tensor& grad, const MaybeTensor& y, const MaybeTensor& argmax, int64_t h, int64_t w) {
+  check_image(grad, "grad");
+  const int64_t gh = argmax ? h / 2 : h, gw = argmax ? w / 2 : w;
+  STD_TORCH_CHECK(grad.size(2) == gh && grad.size(3) == gw, "grad: expected height and width ", gh, " x ", gw, ", got ",
+                  shape_of(grad));
+  if (y) {
+    check_same_kind(*y, "y", grad, "grad");
+    bool same = y->dim() == 4;
+    for (int i = 0; same && i < 4; ++i) same = y->size(i) == grad.size(i);
+    STD_TORCH_CHECK(same, "y: expected the size of grad, ", shape_of(grad), ", got ", shape_of(*y));
+  }
+  if (argmax) {
+    const bool fits = argmax->dim() == 4 && argmax->size(0) == grad.size(0) && argmax->size(1) == gh && argmax->size(2) == gw &&
+                      argmax->size(3) == (grad.size(1) + 3) / 4;
+    STD_TORCH_CHECK(fits && argmax->scalar_type() == torch::headeronly::ScalarType::Byte && argmax->is_contiguous() &&
+                        argmax->device() == grad.device(),
+                    "argmax: expected contiguous uint8 [N, H/2, W/2, ceil(C/4)] for grad ", shape_of(grad), " on its device, got ",
+                    argmax->scalar_type(), " ", shape_of(*argmax));
+  }
+}
+
+} // namespace vggfast

@@ -1,0 +1,12 @@
+// The algorithms over the ISA's Vec. Each ISA file includes this inside its own namespace and target region, so that no
+// inline function compiled for a newer machine can be picked by the linker for an older one.
+static constexpr int kBlock = kVecs * Vec::width;
+
+#include "cpu/gemm.inl"
+#include "cpu/image.inl"
+#include "cpu/epilogue.inl"
+#include "cpu/filters.inl"
+#include "cpu/winograd.inl"
+#include "cpu/direct.inl"
+#include "cpu/pool.inl"
+#include "cpu/table.inl"

@@ -1,0 +1,219 @@
+// The CPU ops: validate, allocate, plan, run on torch's threads.
+#include "cpu/settings.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "checks.h"
+#include "cpu/dtypes.h"
+#include "cpu/isa.h"
+#include "cpu/schedule.h"
+#include "torch_glue.h"
+
+namespace vggfast::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+Algorithm parse_algo(const std::string& name) {
+  if (name.empty() || name == "auto") return Algorithm::automatic;
+  if (name == "winograd") return Algorithm::winograd;
+  if (name == "direct") return Algorithm::direct;
+  throw std::invalid_argument("VGGFAST_CONV_ALGO: expected auto, winograd or direct, got '" + name + "'");
+}
+
+std::atomic<Algorithm>& algo() {
+  static std::atomic<Algorithm> chosen{parse_algo(std::getenv("VGGFAST_CONV_ALGO") ? std::getenv("VGGFAST_CONV_ALGO") : "")};
+  return chosen;
+}
+
+Machine this_machine(const Kernels& k) {
+  return machine(k, int(torch::stable::get_num_threads()));
+}
+
+Image plain_image(const Tensor& t) {
+  Image image;
+  image.dtype = dtype_of(t);
+  image.n = t.size(0), image.c = t.size(1), image.h = t.size(2), image.w = t.size(3);
+  image.data = t.const_data_ptr();
+  image.stride_n = t.stride(0), image.stride_h = t.stride(2), image.stride_w = t.stride(3);
+  image.stride_c = image.c == 1 ? 1 : t.stride(1);
+  return image;
+}
+
+// The gradient before ReLU and pool. The tensors must outlive the image and have adjacent channels.
+Image gradient_image(const Tensor& grad, const MaybeTensor& y, const MaybeTensor& argmax, int64_t h, int64_t w) {
+  Image image = plain_image(grad);
+  image.kind = argmax ? ImageKind::pooled : y ? ImageKind::masked : ImageKind::plain;
+  image.h = h, image.w = w;
+  if (y) {
+    image.y = y->const_data_ptr();
+    image.y_stride_n = y->stride(0), image.y_stride_h = y->stride(2), image.y_stride_w = y->stride(3);
+  }
+  if (argmax) image.argmax = static_cast<const uint8_t*>(argmax->const_data_ptr());
+  return image;
+}
+
+Output output_of(const Tensor& y, int64_t h, int64_t w) {
+  Output out;
+  out.dtype = dtype_of(y);
+  out.n = y.size(0), out.c = y.size(1), out.h = h, out.w = w;
+  out.data = y.mutable_data_ptr();
+  return out;
+}
+
+Filters filters_of(const Tensor& w) {
+  return {dtype_of(w), w.size(0), w.size(1), w.const_data_ptr(), w.stride(0), w.stride(1), w.stride(2), w.stride(3)};
+}
+
+// Filters of the convolution that maps output gradients to input gradients: channels swapped, taps mirrored.
+Filters mirrored(const Filters& w) {
+  const size_t size = w.dtype == DType::f32 ? 4 : 2;
+  const char* last_tap = static_cast<const char*>(w.data) + 2 * (w.stride_r + w.stride_s) * int64_t(size);
+  return {w.dtype, w.in, w.out, last_tap, w.stride_in, w.stride_out, -w.stride_r, -w.stride_s};
+}
+
+// fp32, padded with zeros so that kernels read whole vectors.
+std::vector<float> bias_values(const MaybeTensor& bias) {
+  if (!bias) return {};
+  std::vector<float> values(round_up(bias->size(0), 64), 0.f);
+  const char* p = static_cast<const char*>(bias->const_data_ptr());
+  const DType dtype = dtype_of(*bias);
+  for (int64_t i = 0; i < bias->size(0); ++i) {
+    const int64_t at = i * bias->stride(0);
+    values[i] = dtype == DType::f32    ? to_float(reinterpret_cast<const float*>(p)[at])
+                : dtype == DType::bf16 ? to_float(reinterpret_cast<const BFloat16*>(p)[at])
+                                       : to_float(reinterpret_cast<const Float16*>(p)[at]);
+  }
+  return values;
+}
+
+// A workspace of floats, aligned to 64 bytes as torch's CPU allocator aligns.
+Tensor workspace_of(const Tensor& like, int64_t floats) {
+  return empty_of(like, {floats}, ScalarType::Float);
+}
+
+Tensor empty_argmax(const Tensor& like, bool wanted, int64_t n, int64_t c, int64_t h, int64_t w) {
+  return empty_of(like, wanted ? std::vector<int64_t>{n, h / 2, w / 2, ceil_div(c, 4)} : std::vector<int64_t>{0}, ScalarType::Byte);
+}
+
+void run_forward(const Image& x, const Filters& w, const Output& out, const Tensor& like) {
+  const Kernels& k = kernels();
+  const Plan plan = choose_plan(x.n, x.c, w.out, x.h, x.w, this_machine(k), algo());
+  const Tensor workspace = workspace_of(like, forward_workspace(k, plan, x, w, out));
+  forward(k, plan, x, w, out, static_cast<float*>(workspace.mutable_data_ptr()), parallel_jobs);
+}
+
+std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& weight, const MaybeTensor& bias, bool relu, bool pool,
+                                   bool save_argmax) {
+  check_conv3x3(x_any, weight, bias, pool);
+  const int64_t n = x_any.size(0), c = weight.size(0), h = x_any.size(2), w = x_any.size(3);
+  Tensor y = pool ? empty_nhwc(x_any, n, c, h / 2, w / 2) : empty_nhwc(x_any, n, c, h, w);
+  Tensor argmax = empty_argmax(x_any, pool && save_argmax, n, c, h, w);
+  if (n == 0) return {y, argmax};
+  const Plan plan = choose_plan(n, x_any.size(1), c, h, w, this_machine(kernels()), algo());
+  // The direct kernel reads the few channels of a first layer from any layout; everything else wants channels adjacent.
+  const bool any_layout = plan.algorithm == Algorithm::direct && x_any.size(1) <= 4;
+  const Tensor x = any_layout ? x_any : with_adjacent_channels(x_any);
+  const std::vector<float> values = bias_values(bias);
+  Output out = output_of(y, h, w);
+  out.relu = relu, out.pool = pool;
+  out.bias = values.empty() ? nullptr : values.data();
+  out.argmax = pool && save_argmax ? static_cast<uint8_t*>(argmax.mutable_data_ptr()) : nullptr;
+  run_forward(plain_image(x), filters_of(weight), out, x);
+  return {y, argmax};
+}
+
+Tensor conv3x3_grad_input(const Tensor& grad_any, const Tensor& weight, const MaybeTensor& y_any, const MaybeTensor& argmax,
+                          int64_t h, int64_t w) {
+  check_gradient(grad_any, y_any, argmax, h, w);
+  check_weight(weight);
+  check_same_kind(weight, "weight", grad_any, "grad");
+  STD_TORCH_CHECK(grad_any.size(1) == weight.size(0), "grad: expected ", weight.size(0), " channels, got ", shape_of(grad_any));
+  Tensor gx = empty_nhwc(grad_any, grad_any.size(0), weight.size(1), h, w);
+  if (gx.numel() == 0) return gx;
+  const Tensor grad = with_adjacent_channels(grad_any);
+  const MaybeTensor y = y_any ? MaybeTensor(with_adjacent_channels(*y_any)) : std::nullopt;
+  run_forward(gradient_image(grad, y, argmax, h, w), mirrored(filters_of(weight)), output_of(gx, h, w), grad);
+  return gx;
+}
+
+std::tuple<Tensor, Tensor> conv3x3_grad_weight(const Tensor& x_any, const Tensor& grad_any, const MaybeTensor& y_any,
+                                               const MaybeTensor& argmax) {
+  check_image(x_any, "x");
+  const int64_t h = x_any.size(2), w = x_any.size(3), in = x_any.size(1), out = grad_any.size(1);
+  check_gradient(grad_any, y_any, argmax, h, w);
+  check_same_kind(grad_any, "grad", x_any, "x");
+  STD_TORCH_CHECK(grad_any.size(0) == x_any.size(0), "grad: expected batch ", x_any.size(0), ", got ", shape_of(grad_any));
+  Tensor gw = empty_of(x_any, {out, in, 3, 3}, x_any.scalar_type());
+  Tensor gb = empty_of(x_any, {out}, x_any.scalar_type());
+  if (x_any.size(0) == 0) return {torch::stable::zero_(gw), torch::stable::zero_(gb)};
+
+  const Kernels& k = kernels();
+  const Plan plan = choose_grad_weight_plan(x_any.size(0), in, out, h, w, this_machine(k), algo());
+  const Tensor x = in <= 4 && plan.algorithm == Algorithm::direct ? x_any : with_adjacent_channels(x_any);
+  const Tensor grad = with_adjacent_channels(grad_any);
+  const MaybeTensor y = y_any ? MaybeTensor(with_adjacent_channels(*y_any)) : std::nullopt;
+  const Image image = plain_image(x), dz = gradient_image(grad, y, argmax, h, w);
+  const Tensor workspace = workspace_of(x, grad_weight_workspace(k, plan, image, dz));
+  std::vector<float> bias(out);
+  grad_weight(k, plan, image, dz, filters_of(gw), bias.data(), static_cast<float*>(workspace.mutable_data_ptr()), parallel_jobs);
+  for (int64_t i = 0; i < out; ++i) {
+    void* p = gb.mutable_data_ptr();
+    if (image.dtype == DType::f32) from_float(bias[i], static_cast<float*>(p) + i);
+    if (image.dtype == DType::bf16) from_float(bias[i], static_cast<BFloat16*>(p) + i);
+    if (image.dtype == DType::f16) from_float(bias[i], static_cast<Float16*>(p) + i);
+  }
+  return {gw, gb};
+}
+
+std::tuple<Tensor, Tensor> max_pool2x2(const Tensor& x_any, bool save_argmax) {
+  check_image(x_any, "x");
+  const int64_t n = x_any.size(0), c = x_any.size(1), h = x_any.size(2), w = x_any.size(3);
+  STD_TORCH_CHECK(h >= 2 && w >= 2, "x: expected H and W of at least 2 to pool, got ", shape_of(x_any));
+  Tensor y = empty_nhwc(x_any, n, c, h / 2, w / 2);
+  Tensor argmax = empty_argmax(x_any, save_argmax, n, c, h, w);
+  const Tensor x = with_adjacent_channels(x_any);
+  Output out = output_of(y, h, w);
+  out.argmax = save_argmax ? static_cast<uint8_t*>(argmax.mutable_data_ptr()) : nullptr;
+  max_pool(kernels(), plain_image(x), out, parallel_jobs);
+  return {y, argmax};
+}
+
+Tensor max_pool2x2_grad(const Tensor& grad_any, const Tensor& argmax, int64_t h, int64_t w) {
+  check_gradient(grad_any, std::nullopt, argmax, h, w);
+  Tensor gx = empty_nhwc(grad_any, grad_any.size(0), grad_any.size(1), h, w);
+  const Tensor grad = with_adjacent_channels(grad_any);
+  max_pool_grad(kernels(), gradient_image(grad, std::nullopt, argmax, h, w), output_of(gx, h, w), parallel_jobs);
+  return gx;
+}
+
+} // namespace
+
+std::string conv_algo() {
+  const Algorithm a = algo();
+  return a == Algorithm::automatic ? "auto" : a == Algorithm::winograd ? "winograd" : "direct";
+}
+
+void set_conv_algo(const std::string& name) {
+  algo() = parse_algo(name);
+}
+
+std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w) {
+  const Kernels& k = kernels();
+  const Machine m = this_machine(k);
+  if (pass == "forward") return to_string(choose_plan(n, in, out, h, w, m, algo()));
+  if (pass == "grad_input") return to_string(choose_plan(n, out, in, h, w, m, algo()));
+  if (pass == "grad_weight") return to_string(choose_grad_weight_plan(n, in, out, h, w, m, algo()));
+  throw std::invalid_argument("pass: expected forward, grad_input or grad_weight, got '" + pass + "'");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vggfast, CPU, library) {
+  library.impl("conv3x3", TORCH_BOX(&conv3x3));
+  library.impl("conv3x3_grad_input", TORCH_BOX(&conv3x3_grad_input));
+  library.impl("conv3x3_grad_weight", TORCH_BOX(&conv3x3_grad_weight));
+  library.impl("max_pool2x2", TORCH_BOX(&max_pool2x2));
+  library.impl("max_pool2x2_grad", TORCH_BOX(&max_pool2x2_grad));
+}
+
+} // namespace vggfast::cpu

@@ -1,0 +1,148 @@
+// Direct convolution. A band of input rows is copied, zero-padded and widened to fp32, into [rows][W + 2][C]; then the products
+// over (tap column, channel) are contiguous in it, and a row of outputs is three GEMMs of depth 3C, one per tap row.
+
+template <class T>
+static void load_pooled_row(const Image& x, int64_t n, int64_t h, float* row) {
+  const int64_t pooled_h = x.h / 2, pooled_w = x.w / 2, bytes = (x.c + 3) / 4;
+  memset(row, 0, x.w * x.c * sizeof(float));
+  if (h / 2 >= pooled_h) return;
+  for (int64_t pw = 0; pw < pooled_w; ++pw)
+    for (int64_t c = 0; c < x.c; c += Vec::width) {
+      const int lanes = lanes_from(c, x.c);
+      const Vec g = load_masked<T>(x, n, h / 2, pw, c, lanes);
+      const uint32_t argmax = load_argmax(x.argmax + ((n * pooled_h + h / 2) * pooled_w + pw) * bytes + c / 4, lanes);
+      for (int j = 0; j < 2; ++j)
+        store_lanes(select(argmax_is(argmax, int(h % 2) * 2 + j), g, Vec::zero()), row + (2 * pw + j) * x.c + c, lanes);
+    }
+}
+
+// One image row into row[(w + 1) * C + c], zero for rows outside the image; the two border pixels are zero.
+template <class T>
+static void load_row(const Image& x, int64_t n, int64_t h, float* row) {
+  if (h < 0 || h >= x.h) {
+    memset(row, 0, (x.w + 2) * x.c * sizeof(float));
+    return;
+  }
+  memset(row, 0, x.c * sizeof(float));
+  memset(row + (x.w + 1) * x.c, 0, x.c * sizeof(float));
+  row += x.c;
+  if (x.kind == ImageKind::pooled) return load_pooled_row<T>(x, n, h, row);
+  const T* p = (const T*)x.data + n * x.stride_n + h * x.stride_h;
+  if (x.kind == ImageKind::plain && (x.stride_c != 1 || x.c < Vec::width) && !(x.stride_c == 1 && x.stride_w == x.c)) {
+    for (int64_t c = 0; c < x.c; ++c)
+      for (int64_t w = 0; w < x.w; ++w) row[w * x.c + c] = to_float(p[c * x.stride_c + w * x.stride_w]);
+  } else if (x.kind == ImageKind::plain && x.stride_w == x.c) { // dense pixels: one long vector
+    for (int64_t i = 0; i < x.w * x.c; i += Vec::width)
+      store_lanes(load_lanes(p + i, lanes_from(i, x.w * x.c)), row + i, lanes_from(i, x.w * x.c));
+  } else {
+    for (int64_t w = 0; w < x.w; ++w)
+      for (int64_t c = 0; c < x.c; c += Vec::width) {
+        const int lanes = lanes_from(c, x.c);
+        store_lanes(load_masked<T>(x, n, h, w, c, lanes), row + w * x.c + c, lanes);
+      }
+  }
+}
+
+// Packed filters [3 rows][3 columns][in][kBlock] of one block of output channels, zero past the last one.
+template <class T>
+static void direct_filters(const Filters& w, int64_t block, float* packed) {
+  const int64_t k0 = block * kBlock, lanes = w.out - k0 < kBlock ? w.out - k0 : kBlock;
+  float taps[9][kBlock] = {};
+  for (int64_t c = 0; c < w.in; ++c) {
+    gather_taps<T>(w, k0, lanes, c, taps);
+    for (int i = 0; i < 9; ++i) memcpy(packed + (i * w.in + c) * kBlock, taps[i], sizeof(taps[i]));
+  }
+}
+
+// finish(pixel, acc) for one output row and one block of output channels.
+template <class Finish>
+static inline void direct_row(const float* rows, int64_t width, int64_t in, const float* packed, const Finish& finish) {
+  const int64_t row_size = (width + 2) * in;
+  const Product product{rows, in, 1, row_size, packed, kBlock, 3 * in * kBlock, 3 * in, 3};
+  for_each_row_block(width, product, finish);
+}
+
+// Pools two rows of fp32 pixels [2][W][channels ...] into row ph of the output, channels [k0, k0 + count).
+template <class T>
+static void pool_row(const Output& out, const float* rows, int64_t row_size, int64_t pixel_size, int64_t n, int64_t ph, int64_t k0,
+                     int64_t count) {
+  const int64_t pooled_w = out.w / 2;
+  for (int64_t pw = 0; pw < pooled_w; ++pw)
+    for (int64_t k = k0; k < k0 + count && k < out.c; k += Vec::width) {
+      const float* p = rows + 2 * pw * pixel_size + (k - k0);
+      store_pooled<T>(out, (n * (out.h / 2) + ph) * pooled_w + pw, k, lanes_from(k, out.c), Vec::load(p), Vec::load(p + pixel_size),
+                      Vec::load(p + row_size), Vec::load(p + row_size + pixel_size));
+    }
+}
+
+// Output rows [h_begin, h_end) of image n; h_begin is even with pool. scratch: direct_scratch() floats.
+template <class T>
+static void direct_rows(const Image& x, const float* packed, const Output& out, int64_t n, int64_t h_begin, int64_t h_end,
+                        float* scratch) {
+  const int64_t row_size = (x.w + 2) * x.c;
+  for (int64_t h = h_begin - 1; h <= h_end; ++h) load_row<T>(x, n, h, scratch + (h - h_begin + 1) * row_size);
+  float* full = scratch + (h_end - h_begin + 2) * row_size; // [2][W][kBlock], before pooling
+  for (int64_t block = 0; block * kBlock < out.c; ++block) {
+    const int64_t k0 = block * kBlock;
+    const float* filters = packed + block * 9 * x.c * kBlock;
+    for (int64_t h = h_begin; h < h_end; ++h) {
+      const float* rows = scratch + (h - h_begin) * row_size;
+      if (!out.pool) {
+        T* line = (T*)out.data + (n * out.h + h) * out.w * out.c + k0;
+        direct_row(rows, x.w, x.c, filters, [&](int64_t w, const Vec(&acc)[kVecs]) {
+          for (int v = 0; v < kVecs && k0 + v * Vec::width < out.c; ++v) {
+            const int64_t k = k0 + v * Vec::width;
+            store_lanes(finish_pixel(out, k, acc[v]), line + w * out.c + v * Vec::width, lanes_from(k, out.c));
+          }
+        });
+        continue;
+      }
+      if (h / 2 >= out.h / 2) continue; // an odd last row is in no window
+      float* line = full + h % 2 * x.w * kBlock;
+      direct_row(rows, x.w, x.c, filters, [&](int64_t w, const Vec(&acc)[kVecs]) {
+        for (int v = 0; v < kVecs; ++v) finish_pixel(out, k0 + v * Vec::width, acc[v]).store(line + w * kBlock + v * Vec::width);
+      });
+      if (h % 2 == 1) pool_row<T>(out, full, x.w * kBlock, kBlock, n, h / 2, k0, kBlock);
+    }
+  }
+}
+
+// One gradient row, [W][padded] with zeros past the last channel; its sum over W is added to bias. scratch: (W + 2) * C floats.
+template <class T>
+static void load_gradient_row(const Image& dz, int64_t n, int64_t h, int64_t padded, float* row, double* bias, float* scratch) {
+  load_row<T>(dz, n, h, scratch);
+  for (int64_t c = 0; c < padded; c += Vec::width) {
+    Vec sum = Vec::zero();
+    for (int64_t w = 0; w < dz.w; ++w) {
+      const Vec g = c < dz.c ? load_lanes(scratch + (w + 1) * dz.c + c, lanes_from(c, dz.c)) : Vec::zero();
+      g.store(row + w * padded + c);
+      sum = sum + g;
+    }
+    float lanes[Vec::width];
+    sum.store(lanes);
+    for (int i = 0; i < Vec::width; ++i) bias[c + i] += lanes[i];
+  }
+}
+
+// Adds the rows [begin, end) of N * H to sum[9][in][K padded to whole blocks] and bias[K padded].
+// scratch: 3 input rows, one gradient row [W][K padded], one unpadded gradient row.
+template <class T>
+static void direct_grad_rows(const Image& x, const Image& dz, int64_t begin, int64_t end, float* sum, double* bias,
+                             float* scratch) {
+  const int64_t padded = round_up(dz.c, kBlock), row_size = (x.w + 2) * x.c;
+  float *gradient = scratch + 3 * row_size, *unpadded = gradient + x.w * padded;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / x.h, h = i % x.h;
+    // Row r lives in slot (r + 3) % 3, so the next output row finds two of its three input rows in place.
+    for (int64_t r = i == begin || h == 0 ? h - 1 : h + 1; r <= h + 1; ++r) load_row<T>(x, n, r, scratch + (r + 3) % 3 * row_size);
+    load_gradient_row<T>(dz, n, h, padded, gradient, bias, unpadded);
+    for (int r = 0; r < 3; ++r)
+      for (int64_t k = 0; k < padded; k += kBlock) {
+        const Product product{scratch + (h - 1 + r + 3) % 3 * row_size, 1, x.c, 0, gradient + k, padded, 0, x.w, 1};
+        for_each_row_block(3 * x.c, product, [&](int64_t tap, const Vec(&acc)[kVecs]) {
+          float* p = sum + (r * 3 * x.c + tap) * padded + k;
+          for (int v = 0; v < kVecs; ++v) (Vec::load(p + v * Vec::width) + acc[v]).store(p + v * Vec::width);
+        });
+      }
+  }
+}

@@ -1,0 +1,63 @@
+// Storage types of the CPU kernels and their scalar conversions. Arithmetic is always fp32.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace vggfast::cpu {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+static inline uint32_t float_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+static inline float bits_float(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+static inline float to_float(float f) {
+  return f;
+}
+static inline float to_float(BFloat16 b) {
+  return bits_float(uint32_t(b.bits) << 16);
+}
+static inline float to_float(Float16 h) {
+  // Shift the exponent into fp32's place and let one multiplication renormalise subnormals; Inf and NaN have no such shift.
+  const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, rest = uint32_t(h.bits & 0x7fff) << 13;
+  if (rest >= 0x0f800000) return bits_float(sign | rest | 0x7f800000);
+  const float magnitude = bits_float(rest) * 0x1p112f;
+  return bits_float(sign | float_bits(magnitude));
+}
+
+// Round to nearest even, NaN stays NaN.
+static inline void from_float(float f, float* out) {
+  *out = f;
+}
+static inline void from_float(float f, BFloat16* out) {
+  const uint32_t u = float_bits(f);
+  out->bits = f != f ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+static inline void from_float(float f, Float16* out) {
+  const uint32_t u = float_bits(f), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    out->bits = uint16_t(sign | 0x7e00);
+  } else if (magnitude >= 0x477ff000) { // rounds to 65520 or more: infinity
+    out->bits = uint16_t(sign | 0x7c00);
+  } else if (magnitude < 0x38800000) { // below 2^-14: a subnormal half; adding 0.5 aligns and rounds the mantissa
+    const float aligned = bits_float(magnitude) + 0.5f;
+    out->bits = uint16_t(sign | (float_bits(aligned) - float_bits(0.5f)));
+  } else {
+    const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+    out->bits = uint16_t(sign | ((rounded - 0x38000000) >> 13));
+  }
+}
+
+} // namespace vggfast::cpu

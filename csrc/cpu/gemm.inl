@@ -1,0 +1,58 @@
+// The one micro-kernel under every convolution: kVecs vectors of output channels x up to kRows rows, accumulated in registers.
+//   Winograd forward:      rows are tiles,          depth is input channels
+//   Winograd grad_weight:  rows are input channels, depth is tiles
+//   direct:                rows are pixels,         depth is (tap column, input channel), one segment per tap row
+
+// sum over segments s and depth d of a[row * a_row + s * a_segment + d * a_depth] * b[s * b_segment + d * b_depth + channel]
+struct Product {
+  const float* a;
+  int64_t a_row, a_depth, a_segment;
+  const float* b;
+  int64_t b_depth, b_segment;
+  int64_t depth;
+  int segments;
+};
+
+template <int rows, class Finish>
+static void multiply_rows(const Product& p, int64_t first_row, const Finish& finish) {
+  Vec acc[rows][kVecs];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::zero();
+  for (int s = 0; s < p.segments; ++s) {
+    const float* a = p.a + first_row * p.a_row + s * p.a_segment;
+    const float* b = p.b + s * p.b_segment;
+    for (int64_t d = 0; d < p.depth; ++d, a += p.a_depth, b += p.b_depth) {
+      Vec channels[kVecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) channels[v] = Vec::load(b + v * Vec::width);
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+        const Vec x = Vec::set(a[r * p.a_row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(x, channels[v], acc[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) finish(first_row + r, acc[r]);
+}
+
+template <int rows, class Finish>
+static inline void dispatch_rows(int count, const Product& p, int64_t first_row, const Finish& finish) {
+  if (count == rows) return multiply_rows<rows>(p, first_row, finish);
+  if constexpr (rows > 1) dispatch_rows<rows - 1>(count, p, first_row, finish);
+}
+
+// finish(row, acc) for every row of [0, rows), accumulators still in registers. Rows are shared out evenly over blocks, so that
+// no block is nearly empty.
+template <class Finish>
+static void for_each_row_block(int64_t rows, const Product& p, const Finish& finish) {
+  const int64_t blocks = (rows + kRows - 1) / kRows;
+  for (int64_t i = 0, begin = 0; i < blocks; ++i) {
+    const int64_t end = rows * (i + 1) / blocks;
+    dispatch_rows<kRows>(int(end - begin), p, begin, finish);
+    begin = end;
+  }
+}

@@ -1,0 +1,59 @@
+// What an ISA offers: functions that compute a range, on one thread, into memory the caller owns. Plain data in, plain data out.
+#pragma once
+#include "conv3x3.h"
+
+namespace vggfast::cpu {
+
+static inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+static inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// The 4x4 output tiles of an image, numbered in [N, rows, cols] order.
+struct Tile {
+  int64_t n, row, col;
+};
+struct TileGrid {
+  int64_t images, rows, cols;
+  int64_t count() const { return images * rows * cols; }
+  Tile at(int64_t t) const { return {t / (rows * cols), t / cols % rows, t % cols}; }
+};
+struct TileRange {
+  TileGrid grid;
+  int64_t begin, end;
+};
+
+// 36 matrices [tile][channel]; strides in floats. A row has room for whole vectors past its last channel.
+struct Points {
+  float* data;
+  int64_t row, position;
+};
+
+struct Kernels {
+  const char* name;
+  int width; // floats a vector
+  int block; // output channels a micro-kernel computes; packed filters come in such blocks
+  int rows;  // rows a micro-kernel computes at most
+
+  void (*winograd_input)(const Image&, const TileRange&, const Points& v);
+  void (*winograd_grad_output)(const Image&, const TileRange&, const Points& z, float* bias_sum);
+  void (*winograd_filters)(const Filters&, int64_t block, float* u);
+  void (*winograd_multiply)(const Points& v, int64_t tiles, int64_t in, const float* u, float* m);
+  bool (*winograd_output)(const float* m, const TileRange&, int64_t block, const Output&);
+  void (*winograd_accumulate)(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
+                              float* s);
+  bool (*winograd_grad_filters)(const float* s, int64_t block, const Filters& dw);
+
+  void (*direct_filters)(const Filters&, int64_t block, float* packed);
+  void (*direct_rows)(const Image&, const float* packed, const Output&, int64_t n, int64_t h_begin, int64_t h_end, float* scratch);
+  void (*direct_grad_rows)(const Image&, const Image& dz, int64_t begin, int64_t end, float* sum, double* bias, float* scratch);
+
+  void (*max_pool_rows)(const Image&, const Output&, int64_t begin, int64_t end);         // rows of N * H/2
+  void (*max_pool_grad_rows)(const Image& dz, const Output&, int64_t begin, int64_t end); // rows of N * H
+};
+
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
+
+} // namespace vggfast::cpu

@@ -1,0 +1,27 @@
+// Runs a planned problem: cuts it into jobs for a Parallel, and hands each job to an ISA's kernels. No torch here, so that
+// sanitizer builds and other hosts can drive the same code.
+#pragma once
+#include <functional>
+
+#include "cpu/plan.h"
+
+namespace vggfast::cpu {
+
+// parallel(jobs, body) calls body(job) once for every job in [0, jobs), on any threads, and returns when all are done.
+using Parallel = std::function<void(int64_t jobs, const std::function<void(int64_t)>& body)>;
+
+// y = conv3x3(x, w) with out's epilogue. workspace: forward_workspace() floats, aligned to 64 bytes.
+int64_t forward_workspace(const Kernels&, const Plan&, const Image& x, const Filters& w, const Output&);
+void forward(const Kernels&, const Plan&, const Image& x, const Filters& w, const Output&, float* workspace, const Parallel&);
+
+// dw = gradient of the filters, bias[K] = sum of dz. Sums run in an order that depends on the problem alone: equal bits every run.
+int64_t grad_weight_workspace(const Kernels&, const Plan&, const Image& x, const Image& dz);
+void grad_weight(const Kernels&, const Plan&, const Image& x, const Image& dz, const Filters& dw, float* bias, float* workspace,
+                 const Parallel&);
+
+void max_pool(const Kernels&, const Image& x, const Output&, const Parallel&);
+void max_pool_grad(const Kernels&, const Image& dz, const Output&, const Parallel&);
+
+Machine machine(const Kernels&, int threads);
+
+} // namespace vggfast::cpu

@@ -1,0 +1,17 @@
+// The switches of the CPU ops, and what they would do: what the Python module shows.
+#pragma once
+#include <string>
+#include <tuple>
+
+#include "cpu/plan.h"
+
+namespace vggfast::cpu {
+
+// VGGFAST_CONV_ALGO, or what set_conv_algo() last said: auto, winograd or direct.
+std::string conv_algo();
+void set_conv_algo(const std::string& name);
+
+// What the named pass ("forward", "grad_input", "grad_weight") would run, in words.
+std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w);
+
+} // namespace vggfast::cpu

@@ -1,0 +1,47 @@
+// An ISA's kernels by storage type, as one table. Only here does a dtype become a template argument.
+
+template <class Body>
+static inline auto with_type(DType dtype, const Body& body) {
+  if (dtype == DType::f32) return body((float*)nullptr);
+  if (dtype == DType::bf16) return body((BFloat16*)nullptr);
+  return body((Float16*)nullptr);
+}
+#define VGGFAST_TYPED(dtype, call)                                                                                                 \
+  with_type(dtype, [&](auto* type) {                                                                                               \
+    using T = std::remove_pointer_t<decltype(type)>;                                                                               \
+    return call;                                                                                                                   \
+  })
+
+static constexpr Kernels table = {
+    VGGFAST_ISA_NAME,
+    Vec::width,
+    kBlock,
+    kRows,
+    [](const Image& x, const TileRange& tiles, const Points& v) { VGGFAST_TYPED(x.dtype, winograd_input<T>(x, tiles, v)); },
+    [](const Image& dz, const TileRange& tiles, const Points& z, float* bias) {
+      VGGFAST_TYPED(dz.dtype, winograd_grad_output<T>(dz, tiles, z, bias));
+    },
+    [](const Filters& w, int64_t block, float* u) { VGGFAST_TYPED(w.dtype, winograd_filters<T>(w, block, u)); },
+    winograd_multiply,
+    [](const float* m, const TileRange& tiles, int64_t block, const Output& out) {
+      return VGGFAST_TYPED(out.dtype, winograd_output<T>(m, tiles, block, out));
+    },
+    winograd_accumulate,
+    [](const float* s, int64_t block, const Filters& dw) {
+      return VGGFAST_TYPED(dw.dtype, winograd_grad_filters<T>(s, block, dw));
+    },
+    [](const Filters& w, int64_t block, float* packed) { VGGFAST_TYPED(w.dtype, direct_filters<T>(w, block, packed)); },
+    [](const Image& x, const float* packed, const Output& out, int64_t n, int64_t begin, int64_t end, float* scratch) {
+      VGGFAST_TYPED(x.dtype, direct_rows<T>(x, packed, out, n, begin, end, scratch));
+    },
+    [](const Image& x, const Image& dz, int64_t begin, int64_t end, float* sum, double* bias, float* scratch) {
+      VGGFAST_TYPED(x.dtype, direct_grad_rows<T>(x, dz, begin, end, sum, bias, scratch));
+    },
+    [](const Image& x, const Output& out, int64_t begin, int64_t end) {
+      VGGFAST_TYPED(x.dtype, max_pool_rows<T>(x, out, begin, end));
+    },
+    [](const Image& dz, const Output& out, int64_t begin, int64_t end) {
+      VGGFAST_TYPED(dz.dtype, max_pool_grad_rows<T>(dz, out, begin, end));
+    },
+};
+#undef VGGFAST_TYPED

@@ -1,0 +1,44 @@
+// The schemas of the ops, and the Python module _C: what was built, which instruction set and algorithm run. No kernels.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/settings.h"
+#include "cpu/isa.h"
+#include "torch_glue.h"
+
+// Forward ops return (y, argmax): argmax is [N, H/2, W/2, ceil(C/4)], 2 bits a channel, if asked for and pooled, else empty.
+// Gradients take the saved y where a ReLU followed, and the saved argmax where a pool followed; h, w are the input's.
+STABLE_TORCH_LIBRARY(vggfast, library) {
+  library.def("conv3x3(Tensor x, Tensor weight, Tensor? bias, bool relu, bool pool, bool save_argmax) -> (Tensor, Tensor)");
+  library.def("conv3x3_grad_input(Tensor grad, Tensor weight, Tensor? y, Tensor? argmax, SymInt h, SymInt w) -> Tensor");
+  library.def("conv3x3_grad_weight(Tensor x, Tensor grad, Tensor? y, Tensor? argmax) -> (Tensor, Tensor)");
+  library.def("max_pool2x2(Tensor x, bool save_argmax) -> (Tensor, Tensor)");
+  library.def("max_pool2x2_grad(Tensor grad, Tensor argmax, SymInt h, SymInt w) -> Tensor");
+}
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = VGGFAST_VERSION;
+  info["compiler"] = __VERSION__;
+  info["torch_headers"] = TORCH_VERSION;
+  info["torch_minimum"] = "2.10";
+  info["cuda"] = VGGFAST_CUDA_ARCHS; // empty: built without CUDA kernels
+  return info;
+}
+
+} // namespace
+
+PYBIND11_MODULE(_C, m) {
+  namespace cpu = vggfast::cpu;
+  m.doc() = "Registers torch.ops.vggfast; describes the build and its choices.";
+  m.def("build_info", &build_info, "What was compiled, by what: {version, compiler, torch_headers, torch_minimum, cuda}.");
+  m.def("cpu_isa", [] { return std::string(cpu::kernels().name); }, "The instruction set in use.");
+  m.def("cpu_isas", &cpu::runnable_isas, "The instruction sets this CPU runs, best first.");
+  m.def("set_cpu_isa", &cpu::set_isa, pybind11::arg("name"), "Use the named instruction set, or the best with 'auto'.");
+  m.def("conv_algo", &cpu::conv_algo, "The convolution algorithm in use: auto, winograd or direct.");
+  m.def("set_conv_algo", &cpu::set_conv_algo, pybind11::arg("name"), "Use auto, winograd or direct.");
+  m.def("cpu_plan", &cpu::describe_plan, pybind11::arg("which"), pybind11::arg("n"), pybind11::arg("c_in"), pybind11::arg("c_out"),
+        pybind11::arg("h"), pybind11::arg("w"), "The plan of 'forward', 'grad_input' or 'grad_weight' for a CPU, in words.");
+}

@@ -1,0 +1,57 @@
+// The only header that includes torch, through its stable ABI: one built library then serves every torch from 2.10 on.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "conv3x3.h"
+
+namespace vggfast {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = t.scalar_type();
+  if (type == ScalarType::Float) return DType::f32;
+  if (type == ScalarType::BFloat16) return DType::bf16;
+  STD_TORCH_CHECK(type == ScalarType::Half, "vggfast: expected float32, bfloat16 or float16, got ", type);
+  return DType::f16;
+}
+
+// [N, C, H, W] in channels_last memory.
+inline Tensor empty_nhwc(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
+  return torch::stable::empty(std::vector<int64_t>{n, c, h, w}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              torch::headeronly::MemoryFormat::ChannelsLast);
+}
+inline Tensor empty_of(const Tensor& like, std::vector<int64_t> size, torch::headeronly::ScalarType type) {
+  return torch::stable::empty(size, type, std::nullopt, like.device());
+}
+
+// Kernels read pixels as runs of channels. A tensor whose channels are not adjacent is copied; strides of size-1 dimensions mean
+// nothing and are never looked at.
+inline Tensor with_adjacent_channels(const Tensor& t) {
+  if (t.size(1) == 1 || t.stride(1) == 1) return t;
+  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// Every call of body(job), job in [0, jobs), on torch's own threads. Jobs are handed out one by one, since torch would cut the
+// range into equal parts and the slowest part would decide.
+inline void parallel_jobs(int64_t jobs, const std::function<void(int64_t)>& body) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    for (int64_t job; (job = next.fetch_add(1, std::memory_order_relaxed)) < jobs;) body(job);
+  };
+  const int64_t threads = std::min<int64_t>(jobs, torch::stable::get_num_threads());
+  if (threads <= 1) return work(0, 1);
+  torch::stable::parallel_for(0, threads, 1, work);
+}
+
+} // namespace vggfast

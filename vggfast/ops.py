@@ -1,0 +1,372 @@
+"""The public functional ops and their contracts; the only file that names ``torch.ops.vggfast``.
+
+Each function always gives torch's answer: a call that no fused kernel takes runs as the plain aten composition, and
+``conv3x3_kernel`` / ``max_pool2x2_kernel`` say why. Autograd, fake kernels and autocast of the ops are registered here,
+since torch's stable C++ ABI has none of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vggfast import _C
+
+_ops = torch.ops.vggfast
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class Decision(NamedTuple):
+    """Which kernel a call takes: ``fused`` or not, the ``kernel``'s name, and the ``reason`` for the choice."""
+
+    fused: bool
+    kernel: str
+    reason: str
+
+
+# ---- the ops -------------------------------------------------------------------------------------------------------
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = True, pool: bool = False) -> Tensor:
+    """``max_pool2d(relu(conv2d(x, weight, bias, padding=1)), 2)`` in one kernel; ReLU and pool only where asked for.
+
+    Args:
+        x: ``[N, C_in, H, W]`` with any strides (or whatever else ``conv2d`` takes; it then runs unfused).
+        weight: ``[C_out, C_in, 3, 3]`` with any strides, in the dtype of ``x``.
+        bias: ``[C_out]`` or ``None``.
+        relu: apply ReLU; NaN stays NaN.
+        pool: apply a 2x2 max-pool of stride 2 (an odd last row or column is dropped). The pre-pool activation is never
+            stored; for the backward pass 2 bits an output element are.
+
+    Returns:
+        ``[N, C_out, H, W]``, or ``[N, C_out, H // 2, W // 2]`` with ``pool``; a fused kernel's result is in
+        channels_last memory. float32, bfloat16 and float16 are fused, with fp32 arithmetic inside.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: ``weight`` is not ``[C_out, C_in, 3, 3]``.
+        RuntimeError: whatever ``conv2d`` and ``max_pool2d`` raise on such tensors.
+    """
+    _check_conv3x3(x, weight, bias)
+    if _why_not_conv3x3(x, weight, bias, pool):
+        return _aten_conv3x3(x, weight, bias, relu, pool)
+    arguments = (x, weight, bias, relu, pool, pool and _wants_grad(x, weight, bias))
+    if _inside_functorch():
+        result: Tensor = _Conv3x3Function.apply(*arguments)[0]
+        return result
+    y: Tensor = _ops.conv3x3(*arguments)[0]
+    return y
+
+
+def max_pool2x2(x: Tensor) -> Tensor:
+    """``max_pool2d(x, 2)`` that keeps 2 bits an output element for the backward pass instead of int64 indices.
+
+    Args:
+        x: ``[N, C, H, W]`` with any strides; float32, bfloat16 and float16 are fused.
+
+    Returns:
+        ``[N, C, H // 2, W // 2]``, from a fused kernel in channels_last memory.
+
+    Raises:
+        TypeError: ``x`` is not a tensor.
+        RuntimeError: whatever ``max_pool2d`` raises, as for H or W of 1.
+    """
+    _check_tensor("x", x)
+    if _why_not_max_pool2x2(x):
+        return F.max_pool2d(x, 2)
+    if _inside_functorch():
+        result: Tensor = _MaxPool2x2Function.apply(x, _wants_grad(x))[0]
+        return result
+    y: Tensor = _ops.max_pool2x2(x, _wants_grad(x))[0]
+    return y
+
+
+def conv3x3_kernel(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = True, pool: bool = False
+) -> Decision:
+    """Which kernel ``conv3x3`` takes for these arguments, and why not a faster one. Runs nothing."""
+    _check_conv3x3(x, weight, bias)
+    reason = _why_not_conv3x3(x, weight, bias, pool)
+    if reason:
+        return Decision(False, "aten", reason)
+    n, c_in, h, w = x.shape
+    plan, _, why = _C.cpu_plan("forward", n, c_in, weight.shape[0], h, w).partition(": ")
+    return Decision(True, f"{x.device.type} {_C.cpu_isa()} {plan}", why)
+
+
+def max_pool2x2_kernel(x: Tensor) -> Decision:
+    """Which kernel ``max_pool2x2`` takes for ``x``, and why not a faster one. Runs nothing."""
+    _check_tensor("x", x)
+    reason = _why_not_max_pool2x2(x)
+    if reason:
+        return Decision(False, "aten", reason)
+    return Decision(True, f"{x.device.type} {_C.cpu_isa()} max_pool2x2", "2-bit argmax")
+
+
+# ---- which calls are fused -----------------------------------------------------------------------------------------
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def _check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_tensor("x", x)
+    _check_tensor("weight", weight)
+    if bias is not None:
+        _check_tensor("bias", bias)
+    if weight.dim() != 4 or weight.shape[2] != 3 or weight.shape[3] != 3:
+        raise ValueError(f"weight: expected [C_out, C_in, 3, 3], got {list(weight.shape)}")
+
+
+def _why_not_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, pool: bool) -> str:
+    """Why no fused kernel takes this call; empty if one does."""
+    reason = _why_not_image(x, pool)
+    if reason:
+        return reason
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if not torch.compiler.is_compiling() and any(type(t) not in _PLAIN for t in tensors):
+        return "weight or bias is a tensor subclass, whose own rules apply"
+    if any(t.device != x.device or t.layout != torch.strided for t in tensors):
+        return "weight or bias is on another device or not strided"
+    if any(_compute_dtype(t) != _compute_dtype(x) for t in tensors):
+        return "x, weight and bias differ in dtype"
+    if x.shape[1] != weight.shape[1] or x.shape[1] == 0 or weight.shape[0] == 0:
+        return f"x {list(x.shape)} and weight {list(weight.shape)} do not fit, or have no channels"
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        return f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}"
+    return ""
+
+
+def _why_not_max_pool2x2(x: Tensor) -> str:
+    if torch.is_autocast_enabled(x.device.type) and x.dtype not in _DTYPES:
+        return f"no fused kernel for {x.dtype}"
+    return _why_not_image(x, pool=True)
+
+
+def _why_not_image(x: Tensor, pool: bool) -> str:
+    if x.device.type != "cpu":
+        return f"no fused kernel for device {x.device.type}"
+    if x.layout != torch.strided:
+        return f"no fused kernel for layout {x.layout}"
+    if _compute_dtype(x) not in _DTYPES:
+        return f"no fused kernel for {x.dtype}"
+    if x.dim() != 4:
+        return f"x is {list(x.shape)}, not a batch [N, C, H, W]"
+    if x.shape[0] == 0 or x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+        return "x is empty"
+    if pool and (x.shape[2] < 2 or x.shape[3] < 2):
+        return f"x {list(x.shape)} is too small to pool"
+    if torch.compiler.is_compiling():
+        return ""
+    if type(x) not in _PLAIN:
+        return f"x is a {type(x).__name__}, whose own rules apply"
+    return _why_not_transforms()
+
+
+def _why_not_transforms() -> str:
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if _inside_functorch():
+        stack = torch._C._functorch.get_interpreter_stack() or []
+        if any(level.key() != torch._C._functorch.TransformType.Grad for level in stack):
+            return "a torch.func transform other than grad is active"
+    return ""
+
+
+def _inside_functorch() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _compute_dtype(t: Tensor) -> torch.dtype:
+    """The dtype an op computes in: autocast's, where it is on and would cast ``t``."""
+    if torch.is_autocast_enabled(t.device.type) and t.dtype.is_floating_point and t.dtype != torch.float64:
+        return torch.get_autocast_dtype(t.device.type)
+    return t.dtype
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _aten_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, pool: bool) -> Tensor:
+    y = F.conv2d(x, weight, bias, padding=1)
+    if relu:
+        y = F.relu(y)
+    return F.max_pool2d(y, 2) if pool else y
+
+
+# ---- shapes and strides without data -------------------------------------------------------------------------------
+
+
+def _empty_nhwc(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
+    return torch.empty((n, c, h, w), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _empty_argmax(like: Tensor, wanted: bool, n: int, c: int, h: int, w: int) -> Tensor:
+    size = (n, h // 2, w // 2, (c + 3) // 4) if wanted else (0,)
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+
+@torch.library.register_fake("vggfast::conv3x3")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, pool: bool, save_argmax: bool
+) -> tuple[Tensor, Tensor]:
+    n, _, h, w = x.shape
+    c = weight.shape[0]
+    y = _empty_nhwc(x, n, c, h // 2, w // 2) if pool else _empty_nhwc(x, n, c, h, w)
+    return y, _empty_argmax(x, pool and save_argmax, n, c, h, w)
+
+
+@torch.library.register_fake("vggfast::conv3x3_grad_input")
+def _(grad: Tensor, weight: Tensor, y: Tensor | None, argmax: Tensor | None, h: int, w: int) -> Tensor:
+    return _empty_nhwc(grad, grad.shape[0], weight.shape[1], h, w)
+
+
+@torch.library.register_fake("vggfast::conv3x3_grad_weight")
+def _(x: Tensor, grad: Tensor, y: Tensor | None, argmax: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty((grad.shape[1], x.shape[1], 3, 3)), x.new_empty((grad.shape[1],))
+
+
+@torch.library.register_fake("vggfast::max_pool2x2")
+def _(x: Tensor, save_argmax: bool) -> tuple[Tensor, Tensor]:
+    n, c, h, w = x.shape
+    return _empty_nhwc(x, n, c, h // 2, w // 2), _empty_argmax(x, save_argmax, n, c, h, w)
+
+
+@torch.library.register_fake("vggfast::max_pool2x2_grad")
+def _(grad: Tensor, argmax: Tensor, h: int, w: int) -> Tensor:
+    return _empty_nhwc(grad, grad.shape[0], grad.shape[1], h, w)
+
+
+# ---- autograd ------------------------------------------------------------------------------------------------------
+
+
+def _unpool(grad: Tensor, argmax: Tensor, h: int, w: int) -> Tensor:
+    """The gradient before a 2x2 pool, from differentiable torch operations. ``grad [N, C, H/2, W/2]`` -> ``[N, C, H, W]``."""
+    n, c, ph, pw = grad.shape
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=argmax.device)
+    positions = ((argmax.unsqueeze(-1) >> shifts) & 3).flatten(-2)[..., :c].permute(0, 3, 1, 2)
+    parts = [torch.where(positions == i, grad, torch.zeros_like(grad)) for i in range(4)]
+    windows = torch.stack(parts, -1).view(n, c, ph, pw, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(n, c, 2 * ph, 2 * pw)
+    return F.pad(windows, (0, w - 2 * pw, 0, h - 2 * ph))
+
+
+def _setup_conv3x3(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, relu, pool, save_argmax = inputs
+    y, argmax = output
+    ctx.pool, ctx.size, ctx.argmax_saved = pool, x.shape[2:], save_argmax
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    # The input only for the filters' gradient, the filters only for the input's, the output only for the ReLU's mask.
+    saved_x = x if needs_weight or needs_bias else None
+    ctx.save_for_backward(saved_x, weight if needs_x else None, y if relu else None, argmax if pool else None)
+    ctx.mark_non_differentiable(argmax)
+
+
+def _backward_conv3x3(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, y, argmax = ctx.saved_tensors
+    h, w = ctx.size
+    if ctx.pool and not ctx.argmax_saved:
+        raise RuntimeError("vggfast::conv3x3: expected save_argmax=True for a pooled call that is differentiated, got False")
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():  # create_graph: the same from torch's own operations, which have derivatives of any order
+        grad_x, grad_weight, grad_bias = _differentiable_backward(x, weight, y, argmax, grad, h, w, ctx.needs_input_grad)
+        return grad_x, grad_weight, grad_bias, None, None, None
+    grad_x = _ops.conv3x3_grad_input(grad, weight, y, argmax, h, w) if needs_x else None
+    grad_weight, grad_bias = (
+        _ops.conv3x3_grad_weight(x, grad, y, argmax) if needs_weight or needs_bias else (None, None)
+    )
+    return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
+
+
+def _differentiable_backward(
+    x: Tensor | None,
+    weight: Tensor | None,
+    y: Tensor | None,
+    argmax: Tensor | None,
+    grad: Tensor,
+    h: int,
+    w: int,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if y is not None:
+        grad = torch.where(y.detach() <= 0, torch.zeros_like(grad), grad)
+    if argmax is not None:
+        grad = _unpool(grad, argmax, h, w)
+    n, c_out = grad.shape[:2]
+    grad_x = grad_weight = grad_bias = None
+    if needs[0] and weight is not None:
+        grad_x = torch.nn.grad.conv2d_input([n, weight.shape[1], h, w], weight, grad, padding=1)
+    if needs[1] and x is not None:
+        grad_weight = torch.nn.grad.conv2d_weight(x, [c_out, x.shape[1], 3, 3], grad, padding=1)
+    if needs[2]:
+        grad_bias = grad.sum((0, 2, 3))
+    return grad_x, grad_weight, grad_bias
+
+
+def _setup_max_pool2x2(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.argmax_saved = inputs
+    ctx.size = x.shape[2:]
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_max_pool2x2(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+    (argmax,) = ctx.saved_tensors
+    h, w = ctx.size
+    if not ctx.argmax_saved:
+        raise RuntimeError("vggfast::max_pool2x2: expected save_argmax=True for a differentiated call, got False")
+    if torch.is_grad_enabled():
+        return _unpool(grad, argmax, h, w), None
+    return _ops.max_pool2x2_grad(grad, argmax, h, w), None
+
+
+torch.library.register_autograd("vggfast::conv3x3", _backward_conv3x3, setup_context=_setup_conv3x3)
+torch.library.register_autograd("vggfast::max_pool2x2", _backward_max_pool2x2, setup_context=_setup_max_pool2x2)
+
+
+class _Conv3x3Function(torch.autograd.Function):
+    """The same formula for torch.func.grad, which does not see formulas registered on an op."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        y, argmax = _ops.conv3x3(*arguments)
+        return y, argmax
+
+    setup_context = staticmethod(_setup_conv3x3)
+    backward = staticmethod(_backward_conv3x3)
+
+
+class _MaxPool2x2Function(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        y, argmax = _ops.max_pool2x2(*arguments)
+        return y, argmax
+
+    setup_context = staticmethod(_setup_max_pool2x2)
+    backward = staticmethod(_backward_max_pool2x2)
+
+
+# ---- autocast ------------------------------------------------------------------------------------------------------
+
+
+def _register_autocast(device: str, key: str) -> torch.library.Library:
+    library = torch.library.Library("vggfast", "IMPL", key)
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def conv3x3_autocast(x: Tensor, weight: Tensor, bias: Tensor | None, *flags: bool) -> tuple[Tensor, Tensor]:
+        cast = [None if t is None else t.to(_compute_dtype(t)) for t in (x, weight, bias)]
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            y, argmax = _ops.conv3x3(*cast, *flags)
+            return y, argmax
+
+    library.impl("conv3x3", conv3x3_autocast)
+    return library
+
+
+_autocast_libraries = [_register_autocast("cpu", "AutocastCPU"), _register_autocast("cuda", "AutocastCUDA")]
