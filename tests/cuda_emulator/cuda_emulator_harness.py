@@ -1,0 +1,221 @@
+"""Builds the CUDA kernels for the emulator with g++ and calls them on torch CPU tensors.
+
+Tensors here are dense in the kernels' own memory orders: images ``[N, H, W, C]``, weights ``[K, 3, 3, C]``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import pathlib
+import subprocess
+
+import torch
+
+HERE = pathlib.Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+RUNTIME_SOURCES = ("memory", "machine", "warp", "hooks")
+KERNEL_SOURCES = ("forward",)
+RUNTIME_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
+# -fsanitize=thread only for its calls before every access: the emulator defines them (hooks.cpp) and links no runtime.
+KERNEL_FLAGS = (
+    *("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fsanitize=thread"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+)
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+TILES = {"m128n128": 0, "m256n64": 1, "m64n64": 2}
+PASSES = {"forward": 0, "grad_input": 1, "grad_weight": 2}
+KERNELS = ("aten", "implicit_gemm", "first_layer")
+H100 = (132, 90)
+TINY_GPU = (1, 80)
+
+
+class EmulatorError(RuntimeError):
+    """A kernel did something that a GPU would not survive, or only by luck."""
+
+
+class Problem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in "nhwck"),
+        ("dtype", ctypes.c_int),
+        ("relu", ctypes.c_bool),
+        ("pool", ctypes.c_bool),
+    ]
+
+
+class GpuDevice(ctypes.Structure):
+    _fields_ = [("sm_count", ctypes.c_int), ("compute_capability", ctypes.c_int)]
+
+
+class Plan(ctypes.Structure):
+    _fields_ = [
+        ("kernel", ctypes.c_int),
+        ("tile", ctypes.c_int),
+        ("tiles_m", ctypes.c_int64),
+        ("tiles_n", ctypes.c_int64),
+        ("splits", ctypes.c_int),
+        ("workspace_bytes", ctypes.c_int64),
+        ("reason", ctypes.c_char_p),
+    ]
+
+
+def pointers(*names: str, integers: tuple[str, ...] = ()) -> type[ctypes.Structure]:
+    """A structure of device pointers, then 64-bit integers, in the order of csrc/cuda/problem.h."""
+    fields = [*((name, ctypes.c_void_p) for name in names), *((name, ctypes.c_int64) for name in integers)]
+    return type("Pointers", (ctypes.Structure,), {"_fields_": fields})
+
+
+STRIDES = ("stride_n", "stride_h", "stride_w", "stride_c")
+ForwardPointers = pointers("x", "weight", "bias", "y", "argmax", integers=STRIDES)
+
+
+class Statistics(ctypes.Structure):
+    names = ("mma", "ldmatrix", "ldmatrix_conflicts", "cp_async", "barriers", "accesses")
+    _fields_ = [(name, ctypes.c_uint64) for name in names]
+
+
+def compile_object(source: pathlib.Path, target: pathlib.Path, csrc: pathlib.Path, flags: tuple[str, ...]) -> None:
+    includes = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{csrc}"]
+    command = ["g++", *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def build_runtime(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Objects of the emulator itself and its C interface, which no kernel source changes."""
+    sources = [HERE / f"{name}.cpp" for name in (*RUNTIME_SOURCES, "driver")]
+    for source in sources:
+        compile_object(source, folder / f"{source.stem}.o", CSRC, RUNTIME_FLAGS)
+    return [folder / f"{source.stem}.o" for source in sources]
+
+
+def link(objects: list[pathlib.Path], library: pathlib.Path) -> Emulator:
+    command = ["g++", "-shared", "-o", str(library), *map(str, objects), "-Wl,-z,defs"]
+    subprocess.run(command, check=True)
+    return Emulator(library)
+
+
+def build(folder: pathlib.Path) -> Emulator:
+    """Compiles every kernel source with all its instantiations."""
+    objects = build_runtime(folder)
+    for name in KERNEL_SOURCES:
+        compile_object(CSRC / "cuda" / "sm80" / f"{name}.cu", folder / f"kernel_{name}.o", CSRC, KERNEL_FLAGS)
+        objects.append(folder / f"kernel_{name}.o")
+    return link(objects, folder / "emulator.so")
+
+
+@dataclasses.dataclass
+class Case:
+    """Sizes and flags of one fused layer."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    dtype: torch.dtype = torch.bfloat16
+    relu: bool = True
+    pool: bool = False
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.n, self.h, self.w, self.c, self.k, DTYPES[self.dtype], self.relu, self.pool)
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        return (self.n, self.h // 2, self.w // 2, self.k) if self.pool else (self.n, self.h, self.w, self.k)
+
+    @property
+    def argmax_shape(self) -> tuple[int, int, int, int]:
+        return (*self.output_shape[:3], -(-self.k // 4))
+
+
+class Emulator:
+    """One built library. ``seed`` changes the order in which blocks and threads run."""
+
+    def __init__(self, library: pathlib.Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.library.emu_allocate.restype = ctypes.c_void_p
+        self.library.emu_plan_text.restype = ctypes.c_char_p
+        self.library.emu_uninitialised.restype = ctypes.c_size_t
+
+    def plan(self, step: str, problem: Problem, device: tuple[int, int] = H100) -> Plan:
+        plan = Plan()
+        arguments = (ctypes.byref(problem), ctypes.byref(GpuDevice(*device)), ctypes.byref(plan))
+        self.library.emu_plan(PASSES[step], *arguments)
+        return plan
+
+    def plan_text(self, plan: Plan) -> str:
+        return self.library.emu_plan_text(ctypes.byref(plan)).decode()
+
+    def retile(self, plan: Plan, tile: str, rows: int, columns: int) -> Plan:
+        """The same plan on another tile."""
+        block_m, block_n = (int(part) for part in tile[1:].split("n"))
+        plan.tile, plan.tiles_m, plan.tiles_n = TILES[tile], -(-rows // block_m), -(-columns // block_n)
+        return plan
+
+    def reset(self, seed: int) -> None:
+        self.library.emu_reset(ctypes.c_uint64(seed))
+
+    def upload(self, tensor: torch.Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        tensor = tensor.contiguous()
+        size = ctypes.c_size_t(tensor.numel() * tensor.element_size())
+        address = self.library.emu_allocate(size, 1)
+        self.library.emu_upload(ctypes.c_void_p(address), ctypes.c_void_p(tensor.data_ptr()), size)
+        return address
+
+    def allocate(self, count: int, dtype: torch.dtype) -> int:
+        return self.library.emu_allocate(ctypes.c_size_t(count * dtype.itemsize), 0)
+
+    def download(self, address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The tensor at ``address``; every byte of it must have been written."""
+        tensor = torch.empty(shape, dtype=dtype)
+        missing = self.library.emu_uninitialised(ctypes.c_void_p(address))
+        if missing:
+            raise EmulatorError(f"{missing} bytes of an output were never written")
+        size = ctypes.c_size_t(tensor.numel() * tensor.element_size())
+        self.library.emu_download(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_void_p(address), size)
+        return tensor
+
+    def call(self, name: str, *arguments: ctypes.Structure) -> None:
+        function = getattr(self.library, name)
+        function.restype = ctypes.c_char_p
+        message = function(*(ctypes.byref(argument) for argument in arguments))
+        if message is not None:
+            raise EmulatorError(message.decode())
+
+    def statistics(self) -> Statistics:
+        statistics = Statistics()
+        self.library.emu_statistics(ctypes.byref(statistics))
+        return statistics
+
+    def forward(
+        self,
+        case: Case,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        tile: str | None = None,
+        argmax: bool = True,
+        seed: int = 1,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``y`` and, for pooled cases, its argmax. ``x`` ``[N, H, W, C]`` in any strides if it is a first layer."""
+        self.reset(seed)
+        plan = self.plan("forward", case.problem)
+        if tile is not None:
+            pools = (case.h // 2) * (case.w // 2) if case.pool else -(-case.h // 2) * -(-case.w // 2)
+            self.retile(plan, tile, 4 * case.n * pools, case.k)
+        storage = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+        y = self.allocate(torch.Size(case.output_shape).numel(), case.dtype)
+        codes = None
+        if case.pool and argmax:
+            codes = self.allocate(torch.Size(case.argmax_shape).numel(), torch.uint8)
+        arguments = ForwardPointers(self.upload(storage), self.upload(weight), self.upload(bias), y, codes, *x.stride())
+        self.call("emu_forward", case.problem, plan, arguments)
+        result = self.download(y, case.output_shape, case.dtype)
+        return result, None if codes is None else self.download(codes, case.argmax_shape, torch.uint8)

@@ -1,0 +1,56 @@
+// A CPU stand-in for one GPU: runs a grid one block at a time, one fiber per CUDA thread, and checks every access.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace emulator {
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// ---- For the shim of the CUDA runtime.
+
+struct Launch {
+    dim3 grid, block;
+    size_t shared_bytes;
+    void* kernel;
+    void (*call)(const void* closure);
+    const void* closure;
+    size_t closure_bytes;
+};
+
+/// Runs the grid. False when a thread did something that a GPU would not survive, or could survive by luck only.
+bool run(const Launch& launch);
+/// What run() saw, or why a launch was refused.
+const char* failure();
+/// cudaFuncSetAttribute(MaxDynamicSharedMemorySize).
+bool allow_shared(void* kernel, int bytes);
+
+dim3 thread_index();
+dim3 block_index();
+dim3 block_dim();
+dim3 grid_dim();
+void block_barrier();
+uint32_t shuffle_xor(unsigned mask, uint32_t value, int lane_mask);
+void* dynamic_shared();
+
+// ---- For the twins of the PTX functions.
+
+void cp_async(void* shared, const void* global, int bytes, int source_bytes);
+void cp_async_commit();
+void cp_async_wait(int pending);
+void ldmatrix_x4(uint32_t* matrices, const void* row, bool transposed);
+enum class MmaType { bf16, f16, tf32 };
+void mma(MmaType type, float* d, const uint32_t* a, uint32_t b0, uint32_t b1);
+
+// ---- For the tests.
+
+struct Statistics {
+    uint64_t mma, ldmatrix, ldmatrix_conflicts, cp_async, barriers, accesses;
+};
+Statistics statistics();
+
+}  // namespace emulator
