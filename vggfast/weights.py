@@ -1,0 +1,364 @@
+"""Published ImageNet weights under torchvision's names, and the loading of checkpoints from an enum, a path or a URL.
+
+torchvision is not required. Where it is installed, preprocessing and category names come from it and its own enum
+members are accepted; where it is not, `vggfast.preprocessing` computes the same.
+"""
+
+import importlib
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import urlparse
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vggfast.preprocessing import ImageClassification
+
+_CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt", ".bin")
+_WRAPPERS = ("state_dict", "model", "model_state_dict")  # training checkpoints keep the state_dict under one of these
+_PREFIXES = ("module.", "_orig_mod.")  # left in the keys by DistributedDataParallel and by torch.compile
+
+
+def _torchvision_models(purpose: str) -> Any:
+    """`torchvision.models`; ImportError naming `purpose` where it is missing or broken."""
+    try:
+        return importlib.import_module("torchvision.models")
+    except (ImportError, RuntimeError, OSError) as error:  # RuntimeError: a torchvision built for another torch
+        raise ImportError(
+            f"{purpose} from torchvision, which cannot be imported here ({error}): pip install torchvision"
+        ) from error
+
+
+def classification_transform(**options: Any) -> Callable[[Any], Tensor]:
+    """torchvision's `ImageClassification` preset where torchvision is installed, else our twin of it.
+
+    `options` are the constructor's: crop_size, resize_size, mean, std, antialias (and interpolation, in torchvision).
+    """
+    try:
+        preset = _torchvision_models("the preset comes").VGG16_Weights.IMAGENET1K_V1.transforms
+    except ImportError:
+        preset = ImageClassification
+    return preset(**options)  # type: ignore[no-any-return]
+
+
+def _imagenet_categories() -> list[str]:
+    """ImageNet's 1000 category names in the order of the scores."""
+    models = _torchvision_models("ImageNet's category names come")
+    return models.VGG16_Weights.IMAGENET1K_V1.meta["categories"]  # type: ignore[no-any-return]
+
+
+class _Meta(dict[str, Any]):
+    """A member's facts. Where torchvision is missing, only asking for the category names is an error."""
+
+    def __missing__(self, key: str) -> Any:
+        if key != "categories":
+            raise KeyError(key)
+        return _imagenet_categories()
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """One published checkpoint: where it lies, the preprocessing it wants, its facts (torchvision's `Weights`)."""
+
+    url: str
+    transforms: Callable[..., Callable[[Any], Tensor]]
+    meta: dict[str, Any]
+
+
+class WeightsEnum(Enum):
+    """Base of the weight enums; mirrors `torchvision.models.WeightsEnum`.
+
+    `meta` holds num_classes, num_params, min_size, recipe, `_metrics` (top-1 and top-5 accuracy on ImageNet in %),
+    `_ops` (GMAC at 224x224) and `_file_size` (MiB). `meta["categories"]` needs torchvision, and says so.
+    """
+
+    def get_state_dict(self, progress: bool = True, check_hash: bool = True) -> dict[str, Tensor]:
+        """The checkpoint's state_dict, downloaded into torch.hub's cache on first use; see `read_checkpoint`."""
+        return _read_state_dict(_fetch(self.url, progress, check_hash))
+
+    @property
+    def url(self) -> str:
+        return self.value.url  # type: ignore[no-any-return]
+
+    @property
+    def transforms(self) -> Callable[..., Callable[[Any], Tensor]]:
+        return self.value.transforms  # type: ignore[no-any-return]
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        meta: dict[str, Any] = self.value.meta
+        if "categories" not in meta:
+            with suppress(ImportError):
+                meta["categories"] = _imagenet_categories()
+        return meta
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # By name: some Python versions pickle the value instead, and its copy would match no member.
+        return getattr, (type(self), self.name)
+
+
+WeightsSpec: TypeAlias = WeightsEnum | str | os.PathLike[str]
+
+
+def _published(file: str, num_params: int, top1: float, top5: float, gmac: float, size: float, **extra: Any) -> Weights:
+    normalisation = {key: extra.pop(key) for key in ("mean", "std") if key in extra}
+    meta = _Meta(
+        num_classes=1000,
+        num_params=num_params,
+        min_size=(32, 32),
+        recipe="https://github.com/pytorch/vision/tree/main/references/classification#alexnet-and-vgg",
+        _metrics={"ImageNet-1K": {"acc@1": top1, "acc@5": top5}},
+        _ops=gmac,
+        _file_size=size,
+    )
+    meta.update(extra)
+    transforms = partial(classification_transform, crop_size=224, **normalisation)
+    return Weights(f"https://download.pytorch.org/models/{file}", transforms, meta)
+
+
+class VGG11_Weights(WeightsEnum):
+    IMAGENET1K_V1 = _published("vgg11-8a719046.pth", 132_863_336, 69.020, 88.628, 7.609, 506.84)
+    DEFAULT = IMAGENET1K_V1
+
+
+class VGG11_BN_Weights(WeightsEnum):
+    IMAGENET1K_V1 = _published("vgg11_bn-6002323d.pth", 132_868_840, 70.370, 89.810, 7.609, 506.881)
+    DEFAULT = IMAGENET1K_V1
+
+
+class VGG13_Weights(WeightsEnum):
+    IMAGENET1K_V1 = _published("vgg13-19584684.pth", 133_047_848, 69.928, 89.246, 11.308, 507.545)
+    DEFAULT = IMAGENET1K_V1
+
+
+class VGG13_BN_Weights(WeightsEnum):
+    IMAGENET1K_V1 = _published("vgg13_bn-abd245e5.pth", 133_053_736, 71.586, 90.374, 11.308, 507.59)
+    DEFAULT = IMAGENET1K_V1
+
+
+class VGG16_Weights(WeightsEnum):
+    """IMAGENET1K_FEATURES is the backbone SSD starts from: inputs in [0, 255] minus the mean, and a classifier that
+    the published file fills with NaN. Only `features` is of use; the NaN is loaded as torchvision loads it."""
+
+    IMAGENET1K_V1 = _published("vgg16-397923af.pth", 138_357_544, 71.592, 90.382, 15.47, 527.796)
+    IMAGENET1K_FEATURES = _published(
+        "vgg16_features-amdegroot-88682ab5.pth",
+        138_357_544,
+        float("nan"),
+        float("nan"),
+        15.47,
+        527.802,
+        mean=(0.48235, 0.45882, 0.40784),
+        std=(1.0 / 255.0, 1.0 / 255.0, 1.0 / 255.0),
+        categories=None,
+        recipe="https://github.com/amdegroot/ssd.pytorch#training-ssd",
+    )
+    DEFAULT = IMAGENET1K_V1
+
+
+class VGG16_BN_Weights(WeightsEnum):
+    IMAGENET1K_V1 = _published("vgg16_bn-6c64b313.pth", 138_365_992, 73.360, 91.516, 15.47, 527.866)
+    DEFAULT = IMAGENET1K_V1
+
+
+class VGG19_Weights(WeightsEnum):
+    IMAGENET1K_V1 = _published("vgg19-dcbb9e9d.pth", 143_667_240, 72.376, 90.876, 19.632, 548.051)
+    DEFAULT = IMAGENET1K_V1
+
+
+class VGG19_BN_Weights(WeightsEnum):
+    IMAGENET1K_V1 = _published("vgg19_bn-c79401a0.pth", 143_678_248, 74.218, 91.842, 19.632, 548.143)
+    DEFAULT = IMAGENET1K_V1
+
+
+_ENUMS: dict[str, type[WeightsEnum]] = {enum.__name__: enum for enum in WeightsEnum.__subclasses__()}
+
+
+def resolve(spec: Any, enums: Iterable[type[WeightsEnum]] = _ENUMS.values()) -> WeightsEnum | Path | str | None:
+    """What `spec` stands for: a member of one of `enums`, a local path, a URL (str), or None for None.
+
+    Members of torchvision's enums of the same names count as ours. A name may be qualified
+    ("VGG16_Weights.IMAGENET1K_V1") or, where `enums` holds a single enum, bare ("DEFAULT").
+    Raises TypeError for a member of another enum or another type, ValueError for an unknown name.
+    """
+    enums = list(enums)
+    expected = " or ".join(enum.__name__ for enum in enums) or "no enum (no weights are published for this model)"
+    if isinstance(spec, Enum) and type(spec).__name__ in _ENUMS:
+        spec = f"{type(spec).__name__}.{spec.name}"
+    if spec is None:
+        return None
+    if isinstance(spec, str) and "://" in spec:
+        return spec
+    if isinstance(spec, str):
+        enum_name, _, member = spec.rpartition(".")
+        enum = _ENUMS.get(enum_name) if enum_name else (enums[0] if len(enums) == 1 else None)
+        if enum is not None and enum not in enums:
+            raise TypeError(f"Invalid Weight class provided; expected {expected} but received {enum.__name__}.")
+        if enum is not None and member in enum.__members__:
+            return enum[member]
+        path = Path(spec).expanduser()
+        if enum_name not in _ENUMS and (path.suffix in _CHECKPOINT_SUFFIXES or os.sep in spec or path.is_file()):
+            return path
+        names = ", ".join(f"{enum.__name__}.{name}" for enum in enums for name in enum.__members__) or expected
+        raise ValueError(f"weights: expected {names}, a path to a checkpoint, or a URL; got {spec!r}")
+    if isinstance(spec, os.PathLike):
+        return Path(spec).expanduser()
+    raise TypeError(
+        f"Invalid Weight class provided; expected {expected}, a path, a URL or None but received {type(spec).__name__}."
+    )
+
+
+def _fetch(url: str, progress: bool, check_hash: bool) -> Path:
+    """Where `url` lies in torch.hub's cache; downloads it there unless a file of that name is there already."""
+    name = os.path.basename(urlparse(url).path)
+    if not name:
+        raise ValueError(f"weights: expected a URL that ends in a file name, got {url!r}")
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if cached.exists():
+        return cached
+    sha256_prefix = cached.stem.rpartition("-")[2] if check_hash else None
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(cached), sha256_prefix, progress)
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the hash differs
+        raise OSError(
+            f"cannot download {url}: {error}\nWithout a network, download it elsewhere and put it at\n  {cached}\n"
+            "where it is then found, or pass the path of a local copy as `weights`."
+        ) from error
+    return cached
+
+
+def _read_file(path: Path) -> Any:
+    """What a .safetensors file or a torch.save file holds; RuntimeError that says why it cannot be read."""
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"weights: expected a checkpoint file ({', '.join(_CHECKPOINT_SUFFIXES)}), {path} {what}"
+        )
+    with path.open("rb") as file:
+        head = file.read(64)
+    again = "If it was downloaded, delete it and download it again."
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise RuntimeError(
+            f"{path}: expected a checkpoint, got a web page (a log-in or error page of the server?). {again}"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and safetensors readers raise a dozen types on damaged files
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise RuntimeError(
+                f"{path}: expected a state_dict (names and tensors), got pickled Python objects, which can run any code "
+                "when loaded. If you trust the file, torch.load(path, weights_only=False) it yourself and save its "
+                "state_dict() anew."
+            ) from error
+        reason = (str(error).splitlines() or [""])[0]
+        raise RuntimeError(
+            f"{path}: expected a checkpoint saved by torch.save or safetensors, got {path.stat().st_size} bytes that "
+            f"cannot be read, damaged or cut short ({type(error).__name__}: {reason}). {again}"
+        ) from error
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    state = _read_file(path)
+    if isinstance(state, Mapping):
+        state = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), state)
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        keys = f" with keys {', '.join(map(repr, list(state)[:8]))}" if isinstance(state, Mapping) else ""
+        raise RuntimeError(
+            f"{path}: expected a state_dict (names and tensors), alone or under one of {', '.join(_WRAPPERS)}; "
+            f"got {type(state).__name__}{keys}"
+        )
+    state = dict(state)
+    for prefix in _PREFIXES:
+        nn.modules.utils.consume_prefix_in_state_dict_if_present(state, prefix)
+    return state
+
+
+def read_checkpoint(weights: WeightsSpec, progress: bool = True) -> dict[str, Tensor]:
+    """The state_dict in a published checkpoint, a local file (.pth, .pt, .safetensors) or behind a URL, on the CPU.
+
+    Wrappers ({"state_dict": …}, {"model": …}) and the prefixes of DistributedDataParallel and torch.compile are taken
+    off. Only tensors are unpickled, never code. A URL is cached as torch.hub caches it: in
+    `torch.hub.get_dir()/checkpoints/<last part of the URL>`, and a file of that name there is taken for it.
+    Raises OSError (cannot download, no such file) or RuntimeError (the file is damaged or is no state_dict).
+    """
+    spec = resolve(weights)
+    if isinstance(spec, WeightsEnum):
+        return spec.get_state_dict(progress)
+    if spec is None:
+        raise TypeError("weights: expected a weights enum, a path or a URL, got None")
+    return _read_state_dict(spec if isinstance(spec, Path) else _fetch(spec, progress, check_hash=False))
+
+
+def load_weights(model: nn.Module, weights: WeightsSpec, progress: bool = True) -> None:
+    """Load a checkpoint (see `read_checkpoint`) into `model`, all of it or, on any error, nothing.
+
+    Raises RuntimeError where keys or shapes do not fit: it names them and says what to change. As an exception,
+    IMAGENET1K_FEATURES may lack the classifier, which then keeps its values, with a warning.
+    """
+    state = read_checkpoint(weights, progress)
+    own = model.state_dict()
+    # Checkpoints older than torch 0.4.1 have no num_batches_tracked; BatchNorm then starts counting at its own value.
+    missing = [key for key in own if key not in state and not key.endswith(".num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    shapes = {
+        key: (list(own[key].shape), list(getattr(state[key], "shape", ())))
+        for key in own
+        if key in state and own[key].shape != getattr(state[key], "shape", ())
+    }
+    headless = bool(missing) and all(key.startswith("classifier.") for key in missing)
+    if headless and not unexpected and not shapes and resolve(weights) is VGG16_Weights.IMAGENET1K_FEATURES:
+        warnings.warn("the checkpoint holds no classifier: it keeps its values from before", stacklevel=2)
+    elif missing or unexpected or shapes:
+        wrong = [f"{key}: expected {expected}, got {got}" for key, (expected, got) in shapes.items()]
+        lists = (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", wrong))
+        report = "".join(f"\n  {title} ({len(items)}): {_shorten(items)}" for title, items in lists if items)
+        advice = _advice(own, state, shapes, headless)
+        raise RuntimeError(f"{weights} does not fit {type(model).__name__}:{report}\n{advice}")
+    model.load_state_dict(state, strict=False)
+
+
+def _shorten(items: list[str], limit: int = 4) -> str:
+    return "; ".join(items[:limit]) + ("; …" if len(items) > limit else "")
+
+
+def _advice(
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[list[int], list[int]]],
+    headless: bool,
+) -> str:
+    """What to do about a checkpoint that does not fit, from the most telling difference."""
+    last, first = "classifier.6.weight", "features.0.weight"
+    has_norm = any(key.endswith("running_mean") for key in state)
+    if first in state and has_norm != any(key.endswith("running_mean") for key in own):
+        return f"The checkpoint was saved {'with' if has_norm else 'without'} BatchNorm: build the model so, too."
+    if first in shapes and len(shapes[first][1]) == 4 and shapes[first][0][1] != shapes[first][1][1]:
+        return f"The checkpoint takes images of other channels: build with in_channels={shapes[first][1][1]}."
+    if last in shapes and set(shapes) <= {last, "classifier.6.bias"}:
+        classes = shapes[last][1][0]
+        return (
+            f"The checkpoint was trained for {classes} classes: build with num_classes={classes}; if you need another "
+            "number, put a new nn.Linear into model.classifier[6] after loading."
+        )
+    if headless:
+        return (
+            "The checkpoint holds no classifier. To load its features alone: "
+            "model.load_state_dict(vggfast.weights.read_checkpoint(…), strict=False)."
+        )
+    return "The checkpoint was saved from another architecture: build the model that it was saved from."
