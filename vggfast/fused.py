@@ -1,0 +1,354 @@
+"""Runs of Conv3x3 -> BatchNorm -> ReLU -> MaxPool2x2 inside an `nn.Sequential`, each executed as one fused op.
+
+The modules stay what they are: plain `nn.Conv2d`, `nn.BatchNorm2d`, `nn.ReLU` and `nn.MaxPool2d` at their indices, with
+their parameters and their state_dict keys. Only `forward` differs, and it decides anew at every call, from the modules
+as they are then: nothing is cached, so nothing goes stale when weights, hooks, flags or children change.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from vggfast import ops
+
+__all__ = ["FusedSequential", "convert"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DEVICES = ("cpu", "cuda")
+_STAGES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
+# What a patched class would replace; a patch (padding that wraps around, say) must be seen, so it ends fusion.
+_METHODS = tuple((c, name, getattr(c, name)) for c in _STAGES for name in ("forward", "__call__"))
+_METHODS += ((nn.Conv2d, "_conv_forward", nn.Conv2d._conv_forward),)
+
+
+class FusedSequential(nn.Sequential):
+    """An `nn.Sequential` that runs Conv3x3 [-> BatchNorm2d] [-> ReLU] [-> MaxPool2d 2x2] as one op per run.
+
+    Takes and returns what `nn.Sequential` with the same children does: values within rounding, the same dtype, device
+    and memory format, the same gradients, the same errors. A run may contain, in this order, exact torch classes only:
+
+    - `nn.Conv2d`: kernel 3x3, stride 1, padding 1, dilation 1, groups 1, zero padding, with or without bias;
+    - `nn.BatchNorm2d` in eval mode with running statistics: folded into weight and bias, in float32, at every call;
+    - `nn.ReLU`, in place or not;
+    - `nn.MaxPool2d`: kernel 2x2, stride 2, no padding; with `ceil_mode` only where height and width are even.
+
+    Input is [N, C, H, W] in float32, bfloat16 or float16 on a CPU or CUDA device. Everything else runs module by module
+    as torch does, as does all that would otherwise see a difference: children with hooks, parametrisations or an own
+    `forward`, global module hooks, tensor subclasses, dispatch modes, `torch.fx`, `torch.jit`, `torch.export`, ONNX.
+    `vggfast.explain(model, x)` says for every layer which it was, and why.
+
+    In-place ReLU: plain torch overwrites what a hook on the layer before may have kept. Here a ReLU never overwrites a
+    tensor that a hook of another child has seen; it then writes a new one. Whatever torch overwrites beyond that is
+    still overwritten: the caller's input where the first child is an in-place ReLU, and what a pre-hook of the in-place
+    ReLU itself has seen.
+    """
+
+    def forward(self, input):  # type: ignore[no-untyped-def]
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            for module in self:
+                input = module(input)
+            return input
+        return _forward(self, input)
+
+    def __add__(self, other: nn.Sequential) -> "FusedSequential":
+        return FusedSequential(*super().__add__(other))
+
+    def __mul__(self, other: int) -> "FusedSequential":
+        return FusedSequential(*super().__mul__(other))
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def convert(model: Model) -> Model:
+    """Make every `nn.Sequential` in `model` that holds a fusible convolution a `FusedSequential`; returns `model`.
+
+    In place, and by changing the class of the `nn.Sequential` object itself, so that everything which refers to it
+    (other parents, Python lists, hooks, optimizers, its own attributes) keeps doing so. No parameter is touched;
+    converting twice does nothing more. A model that is an `nn.Sequential` becomes a `FusedSequential` itself.
+    Subclasses of `nn.Sequential`, and one whose `forward` was replaced, are left alone: they may rely on their own code.
+
+    Raises TypeError where `model` is not an `nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}; pass the model, not its weights"
+        )
+    for module in model.modules():
+        plain = type(module) is nn.Sequential and "forward" not in module.__dict__
+        if plain and any(type(child) is nn.Conv2d and not geometry_obstacle(child) for child in module.children()):
+            module.__class__ = FusedSequential
+    return model
+
+
+class Run(NamedTuple):
+    """One call of `ops.conv3x3`, or of `ops.max_pool2x2` where `conv` is None, and the children it stands for."""
+
+    conv: nn.Conv2d | None = None
+    weight: Tensor | None = None
+    bn: nn.BatchNorm2d | None = None
+    relu: nn.ReLU | None = None
+    pool: nn.MaxPool2d | None = None
+    reason: str = ""  # why the next child did not join, where its class could
+
+    def children(self) -> tuple[nn.Module, ...]:
+        return tuple(m for m in (self.conv, self.bn, self.relu, self.pool) if m is not None)
+
+
+class Executed(NamedTuple):
+    """What an observer is told after each step of a `FusedSequential`."""
+
+    owner: FusedSequential
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+    run: Run | None  # None where the module was called
+    x: Any
+    y: Any
+    reason: str  # why the step is not part of a longer run; "" where nothing could be fused with it
+
+
+observer: ContextVar[Callable[[Executed], None] | None] = ContextVar("observer", default=None)
+
+
+def _forward(self: FusedSequential, x: Any) -> Any:
+    names, children = tuple(self._modules), tuple(self._modules.values())
+    observe = None if torch.compiler.is_compiling() else observer.get()
+    everywhere = _context_obstacle()
+    # None: x has the strides plain torch would give it. Else x is channels_last, and `layout` says if torch's would be.
+    layout: bool | None = None
+    keep = False  # whether a hook or autograd holds on to x, so that an in-place ReLU must not overwrite it
+    start = 0
+    while start < len(children):
+        run, reason = (None, everywhere) if everywhere else _find_run(children, start, x)
+        before = x if observe is not None else None
+        if run is not None:
+            end, layout, keep = start + len(run.children()), _layout_after(run, x, layout), run.relu is not None
+            x = _execute(run, x)  # with a ReLU, autograd keeps the output as the ReLU's mask
+        else:
+            end = start + 1
+            x, layout, keep = _run_module(children[start], x, layout, keep)
+        if observe is not None:
+            observe(Executed(self, names[start:end], children[start:end], run, before, x, reason))
+        start = end
+    return _restore(x, layout)
+
+
+def _run_module(module: nn.Module, x: Any, layout: bool | None, keep: bool) -> tuple[Any, bool | None, bool]:
+    """Call one child; takes and returns x, `layout` and `keep` as `_forward` has them."""
+    hooked = _hooked_globally() or any(child_obstacle(m) for m in module.modules())
+    in_place = type(module) is nn.ReLU and module.inplace and isinstance(x, Tensor)
+    if type(module) in (nn.ReLU, nn.BatchNorm2d) and not hooked:
+        if layout is not None and not in_place and (x.shape[1] == 1 or x.shape[2] == x.shape[3] == 1):
+            layout = False  # where the strides fit both formats, torch's new tensors are contiguous
+        return F.relu(x) if in_place and keep else module(x), layout, False
+    restored = _restore(x, layout)
+    keep = keep and restored is x
+    # A hooked in-place ReLU must be called, for its hooks; it gets a copy of what others may hold.
+    y = module(restored.clone() if in_place and keep else restored)
+    makes_new = type(module) in (nn.Conv2d, nn.MaxPool2d)
+    return y, None, hooked or (keep and not makes_new)
+
+
+def _restore(x: Any, layout: bool | None) -> Any:
+    """x with the strides that plain torch would have given it.
+
+    `contiguous()` would not do: it keeps the strides of dimensions of size 1, which decide what later layers return.
+    """
+    if layout is None:
+        return x
+    _, c, h, w = x.shape
+    strides = (h * w * c, 1, w * c, c) if layout else (c * h * w, h * w, w, 1)
+    if x.stride() == strides:
+        return x
+    return x.clone(memory_format=torch.channels_last if layout else torch.contiguous_format)
+
+
+def _layout_after(run: Run, x: Tensor, layout: bool | None) -> bool:
+    """Whether plain torch's output of `run` is channels_last.
+
+    ATen's convolutions return channels_last where input or weight suggest it, its pooling where the input does.
+    """
+    _, _, h, w = x.shape
+    suggested = _suggests_channels_last(x) if layout is None else layout and not x.shape[1] == h == w == 1
+    if run.weight is None:
+        return suggested
+    result = suggested or _suggests_channels_last(run.weight)
+    if run.bn is not None or (run.relu is not None and not run.relu.inplace):
+        result = result and not (run.weight.shape[0] == 1 or h == w == 1)  # as in _run_module
+    return result
+
+
+def _suggests_channels_last(t: Tensor) -> bool:
+    """What `Tensor::suggest_memory_format` in c10/core/MemoryFormat.h answers for a 4-D tensor; it has no Python name."""
+    sizes, strides = t.shape, t.stride()
+    if strides[1] == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if strides[d] < least or (d == 0 and least == strides[1]):
+            return False
+        least = strides[d] * sizes[d]
+    return True
+
+
+def _execute(run: Run, x: Tensor) -> Tensor:
+    if run.conv is None:
+        return ops.max_pool2x2(x)
+    weight, bias = operands(run)
+    return ops.conv3x3(x, weight, bias, relu=run.relu is not None, pool=run.pool is not None)
+
+
+def operands(run: Run) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias that the convolution of `run` is called with."""
+    assert run.conv is not None
+    assert run.weight is not None
+    return (run.weight, run.conv.bias) if run.bn is None else _fold(run.bn, run.weight, run.conv.bias)
+
+
+def _fold(bn: nn.BatchNorm2d, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does `bn` after a convolution with `weight` [C_out, C_in, 3, 3], `bias`.
+
+    Computed in float32 and rounded once. Differentiable in all four parameters, not in the statistics, as in torch.
+    """
+    mean, var = bn.running_mean, bn.running_var
+    assert mean is not None  # see _fold_obstacle
+    assert var is not None
+    scale = torch.rsqrt(var.detach().float() + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight.float()
+    shift = -mean.detach().float() if bias is None else bias.float() - mean.detach().float()
+    shift = shift * scale
+    if bn.bias is not None:
+        shift = shift + bn.bias.float()
+    return (weight.float() * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
+
+
+def _find_run(children: tuple[nn.Module, ...], start: int, x: Any) -> tuple[Run | None, str]:
+    """The longest run that starts at `start` and takes x, or None; and why it is not longer."""
+    first = children[start]
+    if type(first) is nn.MaxPool2d:
+        reason = child_obstacle(first) or _input_obstacle(x) or _pool_obstacle(first, x)
+        return (None if reason else Run(pool=first)), reason
+    if type(first) is not nn.Conv2d:
+        return None, child_obstacle(first)
+    weight = first.weight
+    reason = child_obstacle(first) or geometry_obstacle(first) or _input_obstacle(x) or _conv_obstacle(first, weight, x)
+    if reason:
+        return None, reason
+    run = Run(first, weight)
+    rest = children[start + 1 : start + 4]
+    if rest and type(rest[0]) is nn.BatchNorm2d:
+        if reason := child_obstacle(rest[0]) or _fold_obstacle(rest[0], weight):
+            return run, reason
+        run, rest = run._replace(bn=rest[0]), rest[1:]
+    if rest and type(rest[0]) is nn.ReLU:
+        if reason := child_obstacle(rest[0]):
+            return run, reason
+        run, rest = run._replace(relu=rest[0]), rest[1:]
+    if rest and type(rest[0]) is nn.MaxPool2d:
+        if reason := child_obstacle(rest[0]) or _pool_obstacle(rest[0], x):
+            return run, reason
+        run = run._replace(pool=rest[0])
+    return run, ""
+
+
+def _context_obstacle() -> str:
+    """Why nothing may be fused at present, or ""."""
+    # Dynamo answers True to torch.compiler.is_exporting() on torch < 2.13 also where it compiles; not so to its flag.
+    if torch._C._get_tracing_state() is not None or torch.compiler._is_exporting_flag:
+        return "traced or exported: the graph keeps torch's own operators"
+    if _hooked_globally():
+        return "global module hooks are registered"
+    if any(getattr(owner, name) is not method for owner, name, method in _METHODS):
+        return "a torch.nn class was patched"
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode is active: it sees torch's own operators"
+    return ""
+
+
+def _hooked_globally() -> bool:
+    return bool(nn_module._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def child_obstacle(module: nn.Module) -> str:
+    """Why `module` must be called as the module it is, or ""."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks"
+    if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
+        return "its forward was replaced"
+    return ""
+
+
+def geometry_obstacle(conv: nn.Conv2d) -> str:
+    """Why `conv` is not a convolution that `ops.conv3x3` computes, or ""."""
+    if tuple(conv.weight.shape[2:]) != (3, 3):
+        return "kernel is not 3x3"
+    if not _is_pair(conv.stride, 1):
+        return "stride is not 1"
+    if not (_is_pair(conv.padding, 1) or conv.padding == "same") or conv.padding_mode != "zeros":
+        return "padding is not 1 zero on every side"
+    if not _is_pair(conv.dilation, 1) or conv.groups != 1:
+        return "is dilated or grouped"
+    return ""
+
+
+def _is_pair(value: Any, number: int) -> bool:
+    return bool(value == (number, number) or value == number)
+
+
+def _input_obstacle(x: Any) -> str:
+    if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or x.is_nested:
+        return "input is not a plain tensor"
+    if x.dim() != 4 or x.numel() == 0:
+        return "input is not a non-empty [N, C, H, W]"
+    if x.dtype not in _DTYPES:
+        return "input is not float32, bfloat16 or float16"
+    if x.device.type not in _DEVICES:
+        return "input is not on a CPU or CUDA device"
+    return ""
+
+
+def _conv_obstacle(conv: nn.Conv2d, weight: Tensor, x: Tensor) -> str:
+    bias = conv.bias
+    if any(
+        type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided for t in (weight, bias) if t is not None
+    ):
+        return "weight or bias is not a plain tensor"
+    if weight.device != x.device or weight.shape[1] != x.shape[1] or weight.shape[0] == 0:
+        return "weight does not fit the input"
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype or bias.device != x.device):
+        return "bias does not fit the weight"
+    if weight.dtype != x.dtype and not (weight.dtype in _DTYPES and torch.is_autocast_enabled(x.device.type)):
+        return "weight and input have different dtypes"
+    return ""
+
+
+def _fold_obstacle(bn: nn.BatchNorm2d, weight: Tensor) -> str:
+    if bn.training or bn.running_mean is None or bn.running_var is None:
+        return "BatchNorm uses the batch's statistics"
+    for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias):
+        if t is None:
+            continue
+        if type(t) not in (Tensor, nn.Parameter) or t.shape != weight.shape[:1] or t.device != weight.device:
+            return "BatchNorm does not fit the weight"
+        if t.dtype not in (weight.dtype, torch.float32):
+            return "BatchNorm has another dtype"
+    return ""
+
+
+def _pool_obstacle(pool: nn.MaxPool2d, x: Tensor) -> str:
+    """Why `pool` on a tensor of the height and width of x is not 2x2 pooling that drops odd rows and columns, or ""."""
+    if not (_is_pair(pool.kernel_size, 2) and _is_pair(pool.stride, 2)):
+        return "pooling is not 2x2 with stride 2"
+    if not (_is_pair(pool.padding, 0) and _is_pair(pool.dilation, 1)) or pool.return_indices:
+        return "pooling is padded or dilated, or returns indices"
+    if x.shape[2] < 2 or x.shape[3] < 2:
+        return "height or width is less than 2"
+    if pool.ceil_mode and (x.shape[2] % 2 or x.shape[3] % 2):
+        return "ceil_mode with an odd height or width"
+    return ""
