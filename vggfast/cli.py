@@ -1,0 +1,184 @@
+"""The command line, `python -m vggfast` or `vggfast`: info, explain, train. Thin: options in, the library's answer out."""
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import vggfast
+from vggfast import _C
+from vggfast.recipes import RecipeError
+from vggfast.recipes.config import MODELS, AmpName, ModelName, TrainConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+app = typer.Typer(
+    help="VGG on fused Conv3x3 + bias + ReLU + MaxPool kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; the console script `vggfast` calls this."""
+    app(prog_name="vggfast")
+
+
+@contextmanager
+def errors_for_users() -> Iterator[None]:
+    """Turn a RecipeError into its message and exit status 2, without a traceback."""
+    try:
+        yield
+    except RecipeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show what was built, which instruction set and GPU are used, and why."""
+    facts = collect_info()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        shown = ", ".join(value) if isinstance(value, list) else str(value)
+        table.add_row(name.replace("_", " "), shown or "none")
+    Console(width=None if console.is_terminal else 120).print(table)
+
+
+def collect_info() -> dict[str, Any]:
+    """What `info` shows, ready for JSON: versions, the build, the CPU kernels in use, GPUs."""
+    build = dict(_C.build_info())
+    forced = os.environ.get("VGGFAST_CPU_ISA")
+    devices = [
+        f"{torch.cuda.get_device_name(index)}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(index)))}"
+        for index in range(torch.cuda.device_count())
+    ]
+    return {
+        "vggfast": build.pop("version"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cuda_kernels": build.pop("cuda") or "not in this build",
+        **{f"built_with_{name}": str(value) for name, value in build.items()},
+        "cpu_isa": _C.cpu_isa(),
+        "cpu_isa_reason": f"forced by VGGFAST_CPU_ISA={forced}" if forced else "the widest of those this CPU runs",
+        "cpu_isas": list(_C.cpu_isas()),
+        "conv_algo": _C.conv_algo(),
+        "conv_algo_reason": _from_environment("VGGFAST_CONV_ALGO"),
+        "threads": torch.get_num_threads(),
+        "cuda_of_torch": torch.version.cuda or "none: a CPU build",
+        "cuda_devices": devices,
+    }
+
+
+def _from_environment(name: str) -> str:
+    return f"{name}={os.environ[name]}" if name in os.environ else f"the default; {name} is not set"
+
+
+@app.command()
+def explain(
+    model: Annotated[ModelName, typer.Argument(help="The model, randomly initialised.")],
+    batch: Annotated[int, typer.Option(min=1, help="Images.")] = 1,
+    size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 224,
+    in_channels: Annotated[int, typer.Option(min=1, help="Channels of the images.")] = 3,
+    dtype: Annotated[Literal["fp32", "bf16", "fp16", "fp64"], typer.Option(help="Of images and weights.")] = "fp32",
+    batch_norm: Annotated[bool, typer.Option("--batch-norm", help="The variant with BatchNorm.")] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Images in channels_last memory.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="In training mode, where BatchNorm cannot be folded.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show which kernel each layer of MODEL takes, and why not a faster one."""
+    from vggfast.recipes.train import choose_device
+
+    with errors_for_users():
+        place = choose_device(device)
+        name = f"{model}_bn" if batch_norm and not model.endswith("_bn") else model
+        if name not in MODELS:
+            raise RecipeError(f"{model} has no variant with BatchNorm: expected one of {', '.join(MODELS)}")
+    network = getattr(vggfast, name)(in_channels=in_channels, init_weights=False).to(place, DTYPES[dtype]).train(train)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.zeros(batch, in_channels, size, size, device=place, dtype=DTYPES[dtype]).to(memory_format=layout)
+    explanation = vggfast.explain(network, x)
+    if as_json:
+        typer.echo(json.dumps([row._asdict() for row in explanation.rows], indent=2))
+    else:
+        typer.echo(str(explanation))
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str | None,
+        typer.Option(help="digits (scikit-learn's, enlarged), fake, or a folder with train/<class>/ and val/<class>/."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results.  [default: runs/<data>]")] = None,
+    model: Annotated[ModelName | None, typer.Option(help="The model.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate at its peak.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0, help="L2 penalty.")] = None,
+    size: Annotated[int | None, typer.Option(min=32, help="Height and width of the images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many images.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    amp: Annotated[AmpName | None, typer.Option(help="Mixed precision.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read a folder's images.")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Write a checkpoint every so many steps too, not only after each epoch.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+) -> None:
+    """Train a VGG; options left out are the recipe's for the data or, with --resume, those of the run it goes on with.
+
+    Leaves checkpoint.pt, model.safetensors, metrics.csv and curve.png in the output folder. Stopped at any moment,
+    it goes on from its last checkpoint with --resume.
+    """
+    options: dict[str, Any] = {
+        "model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
+        "size": size, "limit": limit, "seed": seed, "device": device, "amp": amp, "threads": threads,
+        "workers": workers, "save_every": save_every,
+    }  # fmt: skip
+    said = {name: value for name, value in options.items() if value is not None}
+    with errors_for_users():
+        _train(data, output, said, resume, overwrite)
+
+
+def _train(data: str | None, output: Path | None, said: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    from vggfast.recipes.progress import ProgressBar
+    from vggfast.recipes.train import fit
+
+    folder = str(output or TrainConfig.recipe(data or "digits").output)
+    if resume:
+        config = TrainConfig.resumed(folder, **said, **({"data": data} if data else {}))
+    else:
+        config = TrainConfig.recipe(data or "digits", **said, output=folder)
+    try:
+        with ProgressBar(console) as bar:
+            result = fit(config, resume=resume, overwrite=overwrite, listener=bar)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; go on with: vggfast train --output {folder} --resume", err=True)
+        raise typer.Exit(130) from None
+    console.print(f"test accuracy {result.test_accuracy:.2%}", style="bold", highlight=False)
+    for what, path in (
+        ("learning curve", result.curve),
+        ("metrics", result.metrics),
+        ("weights", result.weights),
+        ("checkpoint", result.checkpoint),
+    ):
+        console.print(f"{what + ':':<16}{path}", highlight=False)

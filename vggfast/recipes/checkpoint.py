@@ -1,0 +1,130 @@
+"""Files that are either the old version or the new one, never half of one; and checkpoints written that way."""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vggfast.recipes import RecipeError
+
+FORMAT = "vggfast checkpoint 1"
+KEYS = ("config", "progress", "history", "model", "optimizer", "scheduler", "scaler", "rng")
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary file beside `path` to write to; on success it becomes `path`, on an exception it is removed.
+
+    The rename is atomic because both names are in one directory, and durable because the data are on the disk before
+    the rename and the directory after it. Raises RecipeError where the disk refuses (full, read-only, ...).
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors writes files that only their owner can read
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except OSError as error:
+        raise RecipeError(
+            f"cannot write {path} ({error}). What was there before is untouched; free some space or choose another "
+            "--output, then go on with --resume"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete the temporary files that runs killed while writing `path` left beside it."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` (a dict with the entries of `KEYS`) to `path`, atomically. Raises RecipeError if the disk refuses."""
+    with atomic_write(path) as temporary:
+        try:
+            torch.save({"format": FORMAT, **state}, temporary)
+        except RuntimeError as error:  # torch's zip writer reports a full disk so
+            raise OSError(str(error).splitlines()[0]) from error
+
+
+def load(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """Read what `save` wrote, tensors on the CPU. Only data are unpickled, never code.
+
+    With `mmap` a tensor is read from the disk when it is first used.
+
+    Raises RecipeError where the file is missing, damaged (every entry's CRC-32 is checked), or something else.
+    """
+    if not path.is_file():
+        raise RecipeError(
+            f"no checkpoint to resume from: expected the file {path}, which an earlier run with the same --output "
+            "writes. Leave out --resume to start from the beginning"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch reads flipped bits in a tensor without noticing
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"CRC mismatch in {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (OSError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RecipeError(
+            f"{path} cannot be read as a checkpoint ({reason}): it is damaged or not a checkpoint. Restore it from a "
+            "copy, or start again with --overwrite"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT or any(key not in state for key in KEYS):
+        got = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__
+        raise RecipeError(
+            f"{path} is not a checkpoint of this program: expected {FORMAT!r} with {', '.join(KEYS)}, got {got}. "
+            "Start again with --overwrite"
+        )
+    return state
+
+
+def load_weights_into(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Copy the parameters and buffers `state` into `model`.
+
+    Raises RecipeError, naming the first difference, where `state` belongs to another architecture.
+    """
+    wanted = model.state_dict()
+    for name in [*wanted, *state]:
+        expected = tuple(wanted[name].shape) if name in wanted else "no such entry"
+        got = tuple(state[name].shape) if name in state else "no such entry"
+        if expected != got:
+            raise RecipeError(
+                f"{path} holds another architecture: {name}: expected {expected}, got {got}. Give --model, and the "
+                "data, of the run that wrote it, or start again with --overwrite"
+            )
+    model.load_state_dict(dict(state))
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """State of the generators that training draws from: the CPU's, and that of `device` if it is a GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what `rng_state` returned. A run moved from CPU to GPU keeps the GPU's own seed."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,42 @@
+"""The learning curve of a run, as an image."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vggfast.recipes.checkpoint import atomic_write
+
+if TYPE_CHECKING:
+    from vggfast.recipes.train import Epoch
+
+
+def plot(history: Sequence["Epoch"], path: Path, title: str) -> None:
+    """Write a PNG of loss and accuracy, on training and on held-out images, against the epoch.
+
+    Training values are means over an epoch, during which the weights moved and dropout and augmentation were on; held-out
+    values are taken at its end. Raises RecipeError where `path` cannot be written.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [row.epoch for row in history]
+    figure = Figure(figsize=(10, 4), dpi=120)  # no pyplot: it would pick a global backend
+    loss, accuracy = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.13, top=0.84, wspace=0.2)
+    loss.plot(epochs, [row.train_loss for row in history], marker="o", label="training")
+    loss.plot(epochs, [row.test_loss for row in history], marker="s", label="held out")
+    loss.set(ylabel="cross-entropy loss (nats)", title="Loss")
+    loss.set_ylim(bottom=0)
+    accuracy.plot(epochs, [100 * row.train_accuracy for row in history], marker="o", label="training")
+    accuracy.plot(epochs, [100 * row.test_accuracy for row in history], marker="s", label="held out")
+    accuracy.set(
+        ylabel="accuracy (%)", ylim=(0, 102), title=f"Accuracy (held out, last epoch: {history[-1].test_accuracy:.2%})"
+    )
+    for axes in (loss, accuracy):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
