@@ -6,8 +6,77 @@ import pkgutil
 # Python starts in it, has none. Both directories then make up the package.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-import torch as _torch  # noqa: E402, F401  (loads the libraries that _C is linked to)
+import torch as _torch  # noqa: F401  (loads the libraries that _C is linked to)
 
-from vggfast import ops  # noqa: E402
+from vggfast import ops
+from vggfast._C import build_info as _build_info
+from vggfast.explanation import Explanation, explain
+from vggfast.fused import FusedSequential, convert
+from vggfast.models import (
+    VGG,
+    VGG11,
+    VGG11LRN,
+    VGG13,
+    VGG16,
+    VGG16C,
+    VGG19,
+    make_layers,
+    vgg11,
+    vgg11_bn,
+    vgg11_lrn,
+    vgg13,
+    vgg13_bn,
+    vgg16,
+    vgg16_bn,
+    vgg16c,
+    vgg19,
+    vgg19_bn,
+)
+from vggfast.weights import (
+    VGG11_BN_Weights,
+    VGG11_Weights,
+    VGG13_BN_Weights,
+    VGG13_Weights,
+    VGG16_BN_Weights,
+    VGG16_Weights,
+    VGG19_BN_Weights,
+    VGG19_Weights,
+    load_weights,
+)
 
-__all__ = ["ops"]
+__version__: str = _build_info()["version"]
+
+__all__ = [
+    "VGG",
+    "VGG11",
+    "VGG11LRN",
+    "VGG13",
+    "VGG16",
+    "VGG16C",
+    "VGG19",
+    "Explanation",
+    "FusedSequential",
+    "VGG11_BN_Weights",
+    "VGG11_Weights",
+    "VGG13_BN_Weights",
+    "VGG13_Weights",
+    "VGG16_BN_Weights",
+    "VGG16_Weights",
+    "VGG19_BN_Weights",
+    "VGG19_Weights",
+    "convert",
+    "explain",
+    "load_weights",
+    "make_layers",
+    "ops",
+    "vgg11",
+    "vgg11_bn",
+    "vgg11_lrn",
+    "vgg13",
+    "vgg13_bn",
+    "vgg16",
+    "vgg16_bn",
+    "vgg16c",
+    "vgg19",
+    "vgg19_bn",
+]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad as nn_grad
 
 from vggfast import _C
 
@@ -56,7 +57,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool
         return _aten_conv3x3(x, weight, bias, relu, pool)
     arguments = (x, weight, bias, relu, pool, pool and _wants_grad(x, weight, bias))
     if _inside_functorch():
-        result: Tensor = _Conv3x3Function.apply(*arguments)[0]
+        result: Tensor = _Conv3x3Function.apply(*arguments)[0]  # type: ignore[no-untyped-call]
         return result
     y: Tensor = _ops.conv3x3(*arguments)[0]
     return y
@@ -79,7 +80,7 @@ def max_pool2x2(x: Tensor) -> Tensor:
     if _why_not_max_pool2x2(x):
         return F.max_pool2d(x, 2)
     if _inside_functorch():
-        result: Tensor = _MaxPool2x2Function.apply(x, _wants_grad(x))[0]
+        result: Tensor = _MaxPool2x2Function.apply(x, _wants_grad(x))[0]  # type: ignore[no-untyped-call]
         return result
     y: Tensor = _ops.max_pool2x2(x, _wants_grad(x))[0]
     return y
@@ -213,8 +214,7 @@ def _empty_argmax(like: Tensor, wanted: bool, n: int, c: int, h: int, w: int) ->
     return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
-@torch.library.register_fake("vggfast::conv3x3")
-def _(
+def _fake_conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, pool: bool, save_argmax: bool
 ) -> tuple[Tensor, Tensor]:
     n, _, h, w = x.shape
@@ -223,25 +223,35 @@ def _(
     return y, _empty_argmax(x, pool and save_argmax, n, c, h, w)
 
 
-@torch.library.register_fake("vggfast::conv3x3_grad_input")
-def _(grad: Tensor, weight: Tensor, y: Tensor | None, argmax: Tensor | None, h: int, w: int) -> Tensor:
+def _fake_conv3x3_grad_input(
+    grad: Tensor, weight: Tensor, y: Tensor | None, argmax: Tensor | None, h: int, w: int
+) -> Tensor:
     return _empty_nhwc(grad, grad.shape[0], weight.shape[1], h, w)
 
 
-@torch.library.register_fake("vggfast::conv3x3_grad_weight")
-def _(x: Tensor, grad: Tensor, y: Tensor | None, argmax: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake_conv3x3_grad_weight(
+    x: Tensor, grad: Tensor, y: Tensor | None, argmax: Tensor | None
+) -> tuple[Tensor, Tensor]:
     return x.new_empty((grad.shape[1], x.shape[1], 3, 3)), x.new_empty((grad.shape[1],))
 
 
-@torch.library.register_fake("vggfast::max_pool2x2")
-def _(x: Tensor, save_argmax: bool) -> tuple[Tensor, Tensor]:
+def _fake_max_pool2x2(x: Tensor, save_argmax: bool) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     return _empty_nhwc(x, n, c, h // 2, w // 2), _empty_argmax(x, save_argmax, n, c, h, w)
 
 
-@torch.library.register_fake("vggfast::max_pool2x2_grad")
-def _(grad: Tensor, argmax: Tensor, h: int, w: int) -> Tensor:
+def _fake_max_pool2x2_grad(grad: Tensor, argmax: Tensor, h: int, w: int) -> Tensor:
     return _empty_nhwc(grad, grad.shape[0], grad.shape[1], h, w)
+
+
+for _fake in (
+    _fake_conv3x3,
+    _fake_conv3x3_grad_input,
+    _fake_conv3x3_grad_weight,
+    _fake_max_pool2x2,
+    _fake_max_pool2x2_grad,
+):
+    torch.library.register_fake(_fake.__name__.replace("_fake_", "vggfast::"), _fake)
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
@@ -272,10 +282,16 @@ def _backward_conv3x3(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor 
     x, weight, y, argmax = ctx.saved_tensors
     h, w = ctx.size
     if ctx.pool and not ctx.argmax_saved:
-        raise RuntimeError("vggfast::conv3x3: expected save_argmax=True for a pooled call that is differentiated, got False")
+        raise RuntimeError(
+            "vggfast::conv3x3: expected save_argmax=True for a pooled call that is differentiated, got False"
+        )
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():  # create_graph: the same from torch's own operations, which have derivatives of any order
-        grad_x, grad_weight, grad_bias = _differentiable_backward(x, weight, y, argmax, grad, h, w, ctx.needs_input_grad)
+    if (
+        torch.is_grad_enabled()
+    ):  # create_graph: the same from torch's own operations, which have derivatives of any order
+        grad_x, grad_weight, grad_bias = _differentiable_backward(
+            x, weight, y, argmax, grad, h, w, ctx.needs_input_grad
+        )
         return grad_x, grad_weight, grad_bias, None, None, None
     grad_x = _ops.conv3x3_grad_input(grad, weight, y, argmax, h, w) if needs_x else None
     grad_weight, grad_bias = (
@@ -301,9 +317,9 @@ def _differentiable_backward(
     n, c_out = grad.shape[:2]
     grad_x = grad_weight = grad_bias = None
     if needs[0] and weight is not None:
-        grad_x = torch.nn.grad.conv2d_input([n, weight.shape[1], h, w], weight, grad, padding=1)
+        grad_x = nn_grad.conv2d_input([n, weight.shape[1], h, w], weight, grad, padding=1)
     if needs[1] and x is not None:
-        grad_weight = torch.nn.grad.conv2d_weight(x, [c_out, x.shape[1], 3, 3], grad, padding=1)
+        grad_weight = nn_grad.conv2d_weight(x, [c_out, x.shape[1], 3, 3], grad, padding=1)
     if needs[2]:
         grad_bias = grad.sum((0, 2, 3))
     return grad_x, grad_weight, grad_bias
@@ -356,7 +372,7 @@ class _MaxPool2x2Function(torch.autograd.Function):
 
 
 def _register_autocast(device: str, key: str) -> torch.library.Library:
-    library = torch.library.Library("vggfast", "IMPL", key)
+    library = torch.library.Library("vggfast", "IMPL", key)  # type: ignore[no-untyped-call]
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def conv3x3_autocast(x: Tensor, weight: Tensor, bias: Tensor | None, *flags: bool) -> tuple[Tensor, Tensor]:
@@ -365,7 +381,7 @@ def _register_autocast(device: str, key: str) -> torch.library.Library:
             y, argmax = _ops.conv3x3(*cast, *flags)
             return y, argmax
 
-    library.impl("conv3x3", conv3x3_autocast)
+    library.impl("conv3x3", conv3x3_autocast)  # type: ignore[no-untyped-call]
     return library
 
 
