@@ -317,9 +317,9 @@ def _differentiable_backward(
     n, c_out = grad.shape[:2]
     grad_x = grad_weight = grad_bias = None
     if needs[0] and weight is not None:
-        grad_x = nn_grad.conv2d_input([n, weight.shape[1], h, w], weight, grad, padding=1)
+        grad_x = nn_grad.conv2d_input([n, weight.shape[1], h, w], weight, grad, padding=1)  # type: ignore[no-untyped-call]
     if needs[1] and x is not None:
-        grad_weight = nn_grad.conv2d_weight(x, [c_out, x.shape[1], 3, 3], grad, padding=1)
+        grad_weight = nn_grad.conv2d_weight(x, [c_out, x.shape[1], 3, 3], grad, padding=1)  # type: ignore[no-untyped-call]
     if needs[2]:
         grad_bias = grad.sum((0, 2, 3))
     return grad_x, grad_weight, grad_bias
