@@ -20,6 +20,8 @@ __all__ = ["FusedSequential", "convert"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
+_PLAIN = (Tensor, nn.Parameter)
+_ZERO, _ONE, _TWO = (((n, n), n) for n in range(3))  # how modules write a setting of two dimensions
 _STAGES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
 # What a patched class would replace; a patch (padding that wraps around, say) must be seen, so it ends fusion.
 _METHODS = tuple((c, name, getattr(c, name)) for c in _STAGES for name in ("forward", "__call__"))
@@ -81,23 +83,22 @@ def convert(model: Model) -> Model:
         )
     for module in model.modules():
         plain = type(module) is nn.Sequential and "forward" not in module.__dict__
-        if plain and any(type(child) is nn.Conv2d and not geometry_obstacle(child) for child in module.children()):
+        if plain and any(
+            type(child) is nn.Conv2d and not geometry_obstacle(child, child.weight) for child in module.children()
+        ):
             module.__class__ = FusedSequential
     return model
 
 
 class Run(NamedTuple):
-    """One call of `ops.conv3x3`, or of `ops.max_pool2x2` where `conv` is None, and the children it stands for."""
+    """One call of `ops.conv3x3`, or of `ops.max_pool2x2` where `weight` is None, that stands for `length` children."""
 
-    conv: nn.Conv2d | None = None
+    length: int
     weight: Tensor | None = None
+    bias: Tensor | None = None
     bn: nn.BatchNorm2d | None = None
     relu: nn.ReLU | None = None
     pool: nn.MaxPool2d | None = None
-    reason: str = ""  # why the next child did not join, where its class could
-
-    def children(self) -> tuple[nn.Module, ...]:
-        return tuple(m for m in (self.conv, self.bn, self.relu, self.pool) if m is not None)
 
 
 class Executed(NamedTuple):
@@ -127,7 +128,7 @@ def _forward(self: FusedSequential, x: Any) -> Any:
         run, reason = (None, everywhere) if everywhere else _find_run(children, start, x)
         before = x if observe is not None else None
         if run is not None:
-            end, layout, keep = start + len(run.children()), _layout_after(run, x, layout), run.relu is not None
+            end, layout, keep = start + run.length, _layout_after(run, x, layout), run.relu is not None
             x = _execute(run, x)  # with a ReLU, autograd keeps the output as the ReLU's mask
         else:
             end = start + 1
@@ -197,7 +198,7 @@ def _suggests_channels_last(t: Tensor) -> bool:
 
 
 def _execute(run: Run, x: Tensor) -> Tensor:
-    if run.conv is None:
+    if run.weight is None:
         return ops.max_pool2x2(x)
     weight, bias = operands(run)
     return ops.conv3x3(x, weight, bias, relu=run.relu is not None, pool=run.pool is not None)
@@ -205,9 +206,8 @@ def _execute(run: Run, x: Tensor) -> Tensor:
 
 def operands(run: Run) -> tuple[Tensor, Tensor | None]:
     """Weight and bias that the convolution of `run` is called with."""
-    assert run.conv is not None
     assert run.weight is not None
-    return (run.weight, run.conv.bias) if run.bn is None else _fold(run.bn, run.weight, run.conv.bias)
+    return (run.weight, run.bias) if run.bn is None else _fold(run.bn, run.weight, run.bias)
 
 
 def _fold(bn: nn.BatchNorm2d, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -229,32 +229,29 @@ def _fold(bn: nn.BatchNorm2d, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 
 
 def _find_run(children: tuple[nn.Module, ...], start: int, x: Any) -> tuple[Run | None, str]:
-    """The longest run that starts at `start` and takes x, or None; and why it is not longer."""
+    """The longest run that starts at `start` and takes x, or None; and why the next child is not part of it."""
     first = children[start]
     if type(first) is nn.MaxPool2d:
         reason = child_obstacle(first) or _input_obstacle(x) or _pool_obstacle(first, x)
-        return (None if reason else Run(pool=first)), reason
+        return (None if reason else Run(1, pool=first)), reason
     if type(first) is not nn.Conv2d:
         return None, child_obstacle(first)
-    weight = first.weight
-    reason = child_obstacle(first) or geometry_obstacle(first) or _input_obstacle(x) or _conv_obstacle(first, weight, x)
+    weight, bias = first.weight, first.bias
+    reason = child_obstacle(first) or geometry_obstacle(first, weight) or _input_obstacle(x)
+    reason = reason or _operand_obstacle(weight, bias, x)
     if reason:
         return None, reason
-    run = Run(first, weight)
-    rest = children[start + 1 : start + 4]
-    if rest and type(rest[0]) is nn.BatchNorm2d:
-        if reason := child_obstacle(rest[0]) or _fold_obstacle(rest[0], weight):
-            return run, reason
-        run, rest = run._replace(bn=rest[0]), rest[1:]
-    if rest and type(rest[0]) is nn.ReLU:
-        if reason := child_obstacle(rest[0]):
-            return run, reason
-        run, rest = run._replace(relu=rest[0]), rest[1:]
-    if rest and type(rest[0]) is nn.MaxPool2d:
-        if reason := child_obstacle(rest[0]) or _pool_obstacle(rest[0], x):
-            return run, reason
-        run = run._replace(pool=rest[0])
-    return run, ""
+    bn = relu = pool = None
+    after = iter(children[start + 1 : start + 4])
+    child = next(after, None)
+    if type(child) is nn.BatchNorm2d and not (reason := child_obstacle(child) or _fold_obstacle(child, weight)):
+        bn, child = child, next(after, None)
+    if type(child) is nn.ReLU and not (reason := child_obstacle(child)):
+        relu, child = child, next(after, None)
+    if type(child) is nn.MaxPool2d and not (reason := child_obstacle(child) or _pool_obstacle(child, x)):
+        pool = child
+    length = 1 + (bn is not None) + (relu is not None) + (pool is not None)
+    return Run(length, weight, bias, bn, relu, pool), reason
 
 
 def _context_obstacle() -> str:
@@ -284,25 +281,22 @@ def child_obstacle(module: nn.Module) -> str:
     return ""
 
 
-def geometry_obstacle(conv: nn.Conv2d) -> str:
-    """Why `conv` is not a convolution that `ops.conv3x3` computes, or ""."""
-    if tuple(conv.weight.shape[2:]) != (3, 3):
+def geometry_obstacle(conv: nn.Conv2d, weight: Tensor) -> str:
+    """Why `conv` with `weight` is not a convolution that `ops.conv3x3` computes, or ""."""
+    shape = weight.shape
+    if len(shape) != 4 or shape[2] != 3 or shape[3] != 3:
         return "kernel is not 3x3"
-    if not _is_pair(conv.stride, 1):
+    if conv.stride not in _ONE:
         return "stride is not 1"
-    if not (_is_pair(conv.padding, 1) or conv.padding == "same") or conv.padding_mode != "zeros":
+    if (conv.padding not in _ONE and conv.padding != "same") or conv.padding_mode != "zeros":
         return "padding is not 1 zero on every side"
-    if not _is_pair(conv.dilation, 1) or conv.groups != 1:
+    if conv.dilation not in _ONE or conv.groups != 1:
         return "is dilated or grouped"
     return ""
 
 
-def _is_pair(value: Any, number: int) -> bool:
-    return bool(value == (number, number) or value == number)
-
-
 def _input_obstacle(x: Any) -> str:
-    if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or x.is_nested:
+    if type(x) not in _PLAIN or x.layout is not torch.strided or x.is_nested:
         return "input is not a plain tensor"
     if x.dim() != 4 or x.numel() == 0:
         return "input is not a non-empty [N, C, H, W]"
@@ -313,18 +307,19 @@ def _input_obstacle(x: Any) -> str:
     return ""
 
 
-def _conv_obstacle(conv: nn.Conv2d, weight: Tensor, x: Tensor) -> str:
-    bias = conv.bias
-    if any(
-        type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided for t in (weight, bias) if t is not None
-    ):
-        return "weight or bias is not a plain tensor"
-    if weight.device != x.device or weight.shape[1] != x.shape[1] or weight.shape[0] == 0:
+def _operand_obstacle(weight: Tensor, bias: Tensor | None, x: Tensor) -> str:
+    """Why a 3x3 weight and a bias cannot be used on x, which `_input_obstacle` has passed, or ""."""
+    if type(weight) not in _PLAIN or weight.layout is not torch.strided:
+        return "weight is not a plain tensor"
+    shape, dtype, device = weight.shape, weight.dtype, x.device
+    if shape[1] != x.shape[1] or shape[0] == 0 or weight.device != device:
         return "weight does not fit the input"
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype or bias.device != x.device):
-        return "bias does not fit the weight"
-    if weight.dtype != x.dtype and not (weight.dtype in _DTYPES and torch.is_autocast_enabled(x.device.type)):
+    if dtype is not x.dtype and not (dtype in _DTYPES and torch.is_autocast_enabled(device.type)):
         return "weight and input have different dtypes"
+    if bias is None:
+        return ""
+    if type(bias) not in _PLAIN or bias.shape != shape[:1] or bias.dtype is not dtype or bias.device != device:
+        return "bias does not fit the weight"
     return ""
 
 
@@ -334,7 +329,7 @@ def _fold_obstacle(bn: nn.BatchNorm2d, weight: Tensor) -> str:
     for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias):
         if t is None:
             continue
-        if type(t) not in (Tensor, nn.Parameter) or t.shape != weight.shape[:1] or t.device != weight.device:
+        if type(t) not in _PLAIN or t.shape != weight.shape[:1] or t.device != weight.device:
             return "BatchNorm does not fit the weight"
         if t.dtype not in (weight.dtype, torch.float32):
             return "BatchNorm has another dtype"
@@ -343,12 +338,13 @@ def _fold_obstacle(bn: nn.BatchNorm2d, weight: Tensor) -> str:
 
 def _pool_obstacle(pool: nn.MaxPool2d, x: Tensor) -> str:
     """Why `pool` on a tensor of the height and width of x is not 2x2 pooling that drops odd rows and columns, or ""."""
-    if not (_is_pair(pool.kernel_size, 2) and _is_pair(pool.stride, 2)):
+    if pool.kernel_size not in _TWO or pool.stride not in _TWO:
         return "pooling is not 2x2 with stride 2"
-    if not (_is_pair(pool.padding, 0) and _is_pair(pool.dilation, 1)) or pool.return_indices:
+    if pool.padding not in _ZERO or pool.dilation not in _ONE or pool.return_indices:
         return "pooling is padded or dilated, or returns indices"
-    if x.shape[2] < 2 or x.shape[3] < 2:
+    _, _, h, w = x.shape
+    if h < 2 or w < 2:
         return "height or width is less than 2"
-    if pool.ceil_mode and (x.shape[2] % 2 or x.shape[3] % 2):
+    if pool.ceil_mode and (h % 2 or w % 2):
         return "ceil_mode with an odd height or width"
     return ""
