@@ -74,7 +74,8 @@ constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + div
 
 /// Why the kernels cannot take this problem, or null.
 inline const char* unsupported(const Problem& p, const Device& device) {
-    constexpr int64_t limit = std::numeric_limits<int32_t>::max();
+    // Loaders count up to one tile past the last pixel.
+    constexpr int64_t limit = std::numeric_limits<int32_t>::max() - 1024;
     const int vector = 16 / element_bytes(p.dtype);
     if (device.compute_capability < 80) {
         return "tensor cores with cp.async need compute capability 8.0";
@@ -147,7 +148,7 @@ inline int64_t pool_rows(const Problem& p, bool pooled_only) {
 inline Plan plan_grad_weight(const Problem& p, const Device& device) {
     // One block column per tap and tile of input channels; the split fills about two waves of two blocks an SM.
     constexpr int64_t workspace_limit = int64_t{32} << 20, min_blocks_per_split = 8;
-    const bool narrow = std::min(p.c, p.k) <= 64;
+    const bool narrow = std::min(p.c, p.k) <= 64 || p.dtype == DType::tf32;
     const TileId tile = narrow ? TileId::m64n64 : TileId::m128n128;
     const TileShape shape = tile_shape(tile);
     Plan plan{Kernel::implicit_gemm, tile, ceil_div(p.k, shape.block_m), 9 * ceil_div(p.c, shape.block_n)};
@@ -158,8 +159,9 @@ inline Plan plan_grad_weight(const Problem& p, const Device& device) {
     const int64_t affordable = std::max<int64_t>(1, workspace_limit / bytes_per_split);
     plan.splits = static_cast<int>(std::min({wanted, useful, affordable}));
     plan.workspace_bytes = plan.splits * bytes_per_split;
-    plan.reason = narrow ? "64 channels or fewer on one side: 64x64 tiles, split over pixels"
-                         : "128x128 tiles per tap, split over pixels to fill the SMs";
+    plan.reason = p.dtype == DType::tf32 ? "64x64 tiles: transposed TF32 operands leave no registers for larger ones"
+                  : narrow              ? "64 channels or fewer on one side: 64x64 tiles, split over pixels"
+                                        : "128x128 tiles per tap, split over pixels to fill the SMs";
     return plan;
 }
 

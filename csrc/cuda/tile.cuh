@@ -50,6 +50,7 @@ struct PixelGrid {
     FastDiv pools_w;       // per pool row
     FastDiv pools_h;       // pool rows per image
     int source_h, source_w;  // rows and columns that can be read: beyond them is padding
+    bool pooled_source;      // what is read is a pooled gradient, one element for four pixels
 
     struct Pool {
         int n, row, column;
@@ -59,47 +60,56 @@ struct PixelGrid {
         const int n = pools_h.quotient(rows);
         return {n, rows - n * pools_h.divisor(), index - rows * pools_w.divisor()};
     }
+    /// Index in the batch of pixel (dh, dw) of a pool.
+    __device__ int pixel(const Pool& p, int dh = 0, int dw = 0) const {
+        return (p.n * h + 2 * p.row + dh) * w + 2 * p.column + dw;
+    }
+    /// Index in the batch of what pixel (dh, dw) of a pool reads: the pixel, or the pool.
+    __device__ int source(const Pool& p, int dh = 0, int dw = 0) const {
+        return pooled_source ? (p.n * (source_h / 2) + p.row) * (source_w / 2) + p.column : pixel(p, dh, dw);
+    }
 };
 
-/// Host: the grid of a problem; `pooled_only` leaves out the pixels that no pool covers.
+/// Host: all pixels of a problem's image plane, or with `pooled_only` those that a pool of the floor mode covers.
 inline PixelGrid make_pixel_grid(const Problem& p, bool pooled_only) {
     const int round = pooled_only ? 0 : 1;
     const int pools_h = static_cast<int>(p.h + round) / 2, pools_w = static_cast<int>(p.w + round) / 2;
     const auto h = static_cast<int>(p.h), w = static_cast<int>(p.w);
-    return {h, w, static_cast<int>(p.n) * pools_h * pools_w, FastDiv(pools_w), FastDiv(pools_h), h, w};
+    return {h, w, static_cast<int>(p.n) * pools_h * pools_w, FastDiv(pools_w), FastDiv(pools_h), h, w, false};
 }
 
-/// One row of a tile: its pixel, counted from the tile's first one, and which of the nine taps fall inside the image.
+/// One row of a tile. Both indices count from those of the tile's first pool, which keeps them small.
 struct TileRow {
-    int pixel;
-    uint32_t taps;  // bit 3 (dr + 1) + ds + 1 per tap; kExists when the row stands for a pixel at all
+    int pixel;      // what the epilogue writes
+    int source;     // what the loader reads at the centre tap
+    uint32_t taps;  // bit 3 (dr + 1) + ds + 1: the tap falls inside the image; kExists: the row stands for a pixel
     static constexpr uint32_t kExists = 1u << 9;
 };
 
-__device__ __forceinline__ int first_pixel(const PixelGrid& grid, int pool) {
-    const PixelGrid::Pool p = grid.pool(pool);
-    return (p.n * grid.h + 2 * p.row) * grid.w + 2 * p.column;
+/// Which taps of pixel (h, w) can be read.
+__device__ __forceinline__ uint32_t readable_taps(const PixelGrid& grid, int h, int w) {
+    uint32_t taps = 0;
+    for (int tap = 0; tap < 9; ++tap) {
+        const int source_h = h + tap / 3 - 1, source_w = w + tap % 3 - 1;
+        const bool inside = 0 <= source_h && source_h < grid.source_h && 0 <= source_w && source_w < grid.source_w;
+        taps |= static_cast<uint32_t>(inside) << tap;
+    }
+    return taps;
 }
 
-/// Fills the table of kRows tile rows from `pool` on; the caller puts a barrier between this and reading it.
+/// Fills the table of kRows tile rows from pool `first` on; the caller puts a barrier between this and reading it.
 template <int kRows>
-__device__ void fill_tile_rows(TileRow (&rows)[kRows], const PixelGrid& grid, int pool) {
-    const int origin = first_pixel(grid, pool);
+__device__ void fill_tile_rows(TileRow (&rows)[kRows], const PixelGrid& grid, int first) {
+    const PixelGrid::Pool origin = grid.pool(first);
     for (int row = threadIdx.x; row < kRows; row += blockDim.x) {
-        const int index = pool + row_pool(row);
-        TileRow entry{0, 0};
-        if (index < grid.pools) {
-            const PixelGrid::Pool p = grid.pool(index);
-            const int h = 2 * p.row + row_dh(row), w = 2 * p.column + row_dw(row);
-            if (h < grid.h && w < grid.w) {
-                entry.pixel = (p.n * grid.h + h) * grid.w + w - origin;
-                entry.taps = TileRow::kExists;
-                for (int tap = 0; tap < 9; ++tap) {
-                    const int source_h = h + tap / 3 - 1, source_w = w + tap % 3 - 1;
-                    const bool inside = 0 <= source_h && source_h < grid.source_h && 0 <= source_w && source_w < grid.source_w;
-                    entry.taps |= static_cast<uint32_t>(inside) << tap;
-                }
-            }
+        const int index = first + row_pool(row), dh = row_dh(row), dw = row_dw(row);
+        const PixelGrid::Pool p = grid.pool(min(index, grid.pools - 1));
+        const int h = 2 * p.row + dh, w = 2 * p.column + dw;
+        TileRow entry{0, 0, 0};
+        if (index < grid.pools && h < grid.h && w < grid.w) {
+            entry.pixel = grid.pixel(p, dh, dw) - grid.pixel(origin);
+            entry.source = grid.source(p, dh, dw) - grid.source(origin);
+            entry.taps = readable_taps(grid, h, w) | TileRow::kExists;
         }
         rows[row] = entry;
     }

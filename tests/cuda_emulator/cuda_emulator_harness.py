@@ -15,7 +15,7 @@ import torch
 HERE = pathlib.Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 RUNTIME_SOURCES = ("memory", "machine", "warp", "hooks")
-KERNEL_SOURCES = ("forward",)
+KERNEL_SOURCES = ("forward", "first_layer", "grad_input", "grad_weight", "pointwise")
 RUNTIME_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
 # -fsanitize=thread only for its calls before every access: the emulator defines them (hooks.cpp) and links no runtime.
 KERNEL_FLAGS = (
@@ -68,6 +68,10 @@ def pointers(*names: str, integers: tuple[str, ...] = ()) -> type[ctypes.Structu
 
 STRIDES = ("stride_n", "stride_h", "stride_w", "stride_c")
 ForwardPointers = pointers("x", "weight", "bias", "y", "argmax", integers=STRIDES)
+GradInputPointers = pointers("grad", "y", "argmax", "weight", "grad_input")
+GradWeightPointers = pointers("grad", "y", "argmax", "x", "workspace", "grad_weight", "grad_bias")
+PoolPointers = pointers("x", "y", "argmax")
+GradPreactPointers = pointers("grad", "y", "argmax", "grad_preact")
 
 
 class Statistics(ctypes.Structure):
@@ -104,6 +108,15 @@ def build(folder: pathlib.Path) -> Emulator:
         compile_object(CSRC / "cuda" / "sm80" / f"{name}.cu", folder / f"kernel_{name}.o", CSRC, KERNEL_FLAGS)
         objects.append(folder / f"kernel_{name}.o")
     return link(objects, folder / "emulator.so")
+
+
+@dataclasses.dataclass
+class Saved:
+    """What a forward pass leaves to the backward pass, and the gradient that arrives at its output."""
+
+    grad: torch.Tensor
+    y: torch.Tensor | None
+    argmax: torch.Tensor | None
 
 
 @dataclasses.dataclass
@@ -193,6 +206,13 @@ class Emulator:
         self.library.emu_statistics(ctypes.byref(statistics))
         return statistics
 
+    def pixel_rows(self, case: Case, pooled_only: bool) -> int:
+        up = 0 if pooled_only else 1
+        return 4 * case.n * ((case.h + up) // 2) * ((case.w + up) // 2)
+
+    def saved(self, saved: Saved) -> list[int | None]:
+        return [self.upload(saved.grad), self.upload(saved.y), self.upload(saved.argmax)]
+
     def forward(
         self,
         case: Case,
@@ -208,8 +228,7 @@ class Emulator:
         self.reset(seed)
         plan = self.plan("forward", case.problem)
         if tile is not None:
-            pools = (case.h // 2) * (case.w // 2) if case.pool else -(-case.h // 2) * -(-case.w // 2)
-            self.retile(plan, tile, 4 * case.n * pools, case.k)
+            self.retile(plan, tile, self.pixel_rows(case, case.pool), case.k)
         storage = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
         y = self.allocate(torch.Size(case.output_shape).numel(), case.dtype)
         codes = None
@@ -219,3 +238,65 @@ class Emulator:
         self.call("emu_forward", case.problem, plan, arguments)
         result = self.download(y, case.output_shape, case.dtype)
         return result, None if codes is None else self.download(codes, case.argmax_shape, torch.uint8)
+
+    def grad_input(
+        self, case: Case, saved: Saved, weight: torch.Tensor, *, tile: str | None = None, seed: int = 1
+    ) -> torch.Tensor:
+        """``[N, H, W, C]``."""
+        self.reset(seed)
+        plan = self.plan("grad_input", case.problem)
+        if tile is not None:
+            self.retile(plan, tile, self.pixel_rows(case, False), case.c)
+        shape = (case.n, case.h, case.w, case.c)
+        out = self.allocate(torch.Size(shape).numel(), case.dtype)
+        arguments = GradInputPointers(*self.saved(saved), self.upload(weight), out)
+        self.call("emu_grad_input", case.problem, plan, arguments)
+        return self.download(out, shape, case.dtype)
+
+    def grad_weight(
+        self,
+        case: Case,
+        saved: Saved,
+        x: torch.Tensor,
+        *,
+        bias: bool = True,
+        tile: str | None = None,
+        splits: int | None = None,
+        seed: int = 1,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``[K, 3, 3, C]`` and ``[K]``."""
+        self.reset(seed)
+        plan = self.plan("grad_weight", case.problem)
+        if tile is not None:
+            self.retile(plan, tile, case.k, case.c)
+            plan.tiles_n *= 9
+        if splits is not None:
+            plan.workspace_bytes = plan.workspace_bytes // plan.splits * splits
+            plan.splits = splits
+        workspace = self.allocate(plan.workspace_bytes // 4, torch.float32)
+        out = self.allocate(9 * case.k * case.c, case.dtype)
+        out_bias = self.allocate(case.k, case.dtype) if bias else None
+        arguments = GradWeightPointers(*self.saved(saved), self.upload(x), workspace, out, out_bias)
+        self.call("emu_grad_weight", case.problem, plan, arguments)
+        result = self.download(out, (case.k, 3, 3, case.c), case.dtype)
+        return result, None if out_bias is None else self.download(out_bias, (case.k,), case.dtype)
+
+    def max_pool2x2(self, x: torch.Tensor, *, argmax: bool = True, seed: int = 1) -> tuple[torch.Tensor, ...]:
+        """``y [N, Ho, Wo, C]`` and, if asked for, its argmax."""
+        self.reset(seed)
+        case = Case(*x.shape, k=x.shape[3], dtype=x.dtype, relu=False, pool=True)
+        y = self.allocate(torch.Size(case.output_shape).numel(), case.dtype)
+        codes = self.allocate(torch.Size(case.argmax_shape).numel(), torch.uint8) if argmax else None
+        self.call("emu_max_pool2x2", case.problem, PoolPointers(self.upload(x), y, codes))
+        results = [self.download(y, case.output_shape, case.dtype)]
+        if codes is not None:
+            results.append(self.download(codes, case.argmax_shape, torch.uint8))
+        return tuple(results)
+
+    def grad_preact(self, case: Case, saved: Saved, *, seed: int = 1) -> torch.Tensor:
+        """``[N, H, W, K]``."""
+        self.reset(seed)
+        shape = (case.n, case.h, case.w, case.k)
+        out = self.allocate(torch.Size(shape).numel(), case.dtype)
+        self.call("emu_grad_preact", case.problem, GradPreactPointers(*self.saved(saved), out))
+        return self.download(out, shape, case.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from cuda_emulator_harness import Case
+from cuda_emulator_harness import Case, Saved
 
 
 def make_inputs(case: Case, seed: int = 0, bias: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -67,3 +67,55 @@ def pack_argmax(position: torch.Tensor) -> torch.Tensor:
     """Positions ``[N, Ho, Wo, K]`` as two bits a channel, ``[N, Ho, Wo, ceil(K / 4)]`` bytes."""
     padded = F.pad(position, (0, -position.shape[-1] % 4)).unflatten(-1, (-1, 4))
     return (padded << torch.tensor([0, 2, 4, 6])).sum(-1).to(torch.uint8)
+
+
+def unpack_argmax(codes: torch.Tensor, channels: int) -> torch.Tensor:
+    """Inverse of `pack_argmax`."""
+    return (codes.unsqueeze(-1).int() >> torch.tensor([0, 2, 4, 6]) & 3).flatten(-2)[..., :channels]
+
+
+def make_saved(case: Case, seed: int = 0) -> Saved:
+    """A random gradient, and an output whose elements are positive, zero and NaN: all that a ReLU mask tells apart."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    grad = torch.randn(case.output_shape, generator=generator).to(case.dtype)
+    y = torch.randn(case.output_shape, generator=generator).relu().to(case.dtype)
+    y.view(-1)[3::17] = torch.nan
+    position = torch.randint(0, 4, case.output_shape, generator=generator)
+    return Saved(grad, y if case.relu else None, pack_argmax(position) if case.pool else None)
+
+
+def grad_preact(case: Case, saved: Saved) -> torch.Tensor:
+    """Gradient of the convolution's own output, ``[N, H, W, K]``: exact, nothing is rounded."""
+    grad = saved.grad
+    if saved.y is not None:
+        grad = torch.where(saved.y <= 0, torch.zeros_like(grad), grad)
+    if saved.argmax is None:
+        return grad
+    position = unpack_argmax(saved.argmax, case.k)
+    full = torch.zeros(case.n, case.h, case.w, case.k, dtype=case.dtype)
+    for code in range(4):
+        rows, columns = slice(code // 2, case.h // 2 * 2, 2), slice(code % 2, case.w // 2 * 2, 2)
+        full[:, rows, columns] = torch.where(position == code, grad, torch.zeros_like(grad))
+    return full
+
+
+def convolution_gradients(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """torch's gradients in ``dtype`` of input ``[N, H, W, C]``, weight ``[K, 3, 3, C]`` and bias ``[K]``."""
+    tensors = [tensor.to(dtype).permute(0, 3, 1, 2) for tensor in (grad, x, weight)]
+    wanted = [True, True, True]
+    one = [1, 1]
+    gradients = torch.ops.aten.convolution_backward(*tensors, [weight.shape[0]], one, one, one, False, [0, 0], 1, wanted)
+    return gradients[0].permute(0, 2, 3, 1), gradients[1].permute(0, 2, 3, 1), gradients[2]
+
+
+def torch_like_gradients(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """torch's CPU gradients in the kernel's type; TF32 operands for fp32, but a bias gradient of plain sums."""
+    if dtype != torch.float32:
+        return convolution_gradients(grad, x, weight, dtype)
+    plain = convolution_gradients(grad, x, weight, dtype)
+    rounded = convolution_gradients(round_tf32(grad), round_tf32(x), round_tf32(weight), dtype)
+    return rounded[0], rounded[1], plain[2]

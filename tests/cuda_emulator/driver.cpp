@@ -51,6 +51,21 @@ const char* emu_plan_text(const Plan* plan) {
 }
 
 const char* emu_forward(const Problem* problem, const Plan* plan, const ForwardPointers* pointers) {
-    return guarded([&] { sm80::forward(*problem, *plan, *pointers, nullptr); });
+    return guarded([&] {
+        plan->kernel == Kernel::first_layer ? sm80::first_layer(*problem, *plan, *pointers, nullptr)
+                                            : sm80::forward(*problem, *plan, *pointers, nullptr);
+    });
+}
+const char* emu_grad_input(const Problem* problem, const Plan* plan, const GradInputPointers* pointers) {
+    return guarded([&] { sm80::grad_input(*problem, *plan, *pointers, nullptr); });
+}
+const char* emu_grad_weight(const Problem* problem, const Plan* plan, const GradWeightPointers* pointers) {
+    return guarded([&] { sm80::grad_weight(*problem, *plan, *pointers, nullptr); });
+}
+const char* emu_max_pool2x2(const Problem* problem, const PoolPointers* pointers) {
+    return guarded([&] { sm80::max_pool2x2(*problem, *pointers, nullptr); });
+}
+const char* emu_grad_preact(const Problem* problem, const GradPreactPointers* pointers) {
+    return guarded([&] { sm80::grad_preact(*problem, *pointers, nullptr); });
 }
 }

@@ -6,6 +6,7 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/sm80/mainloop.cuh"
+#include "cuda/sm80/pixel_loader.cuh"
 
 namespace vggfast::cuda::sm80 {
 
@@ -18,64 +19,6 @@ struct ForwardParams {
     int tiles_n;
 };
 
-/// The nine taps of one block of channels, then the next block.
-struct TapCursor {
-    int tap = 0;
-    int channel = 0;  // first of the block
-
-    __device__ __forceinline__ void next(int depth) {
-        if (++tap == 9) {
-            tap = 0;
-            channel += depth;
-        }
-    }
-    /// Offset of the tap's source pixel, in pixels.
-    __device__ __forceinline__ int shift(int width) const { return (tap / 3 - 1) * width + tap % 3 - 1; }
-};
-
-/// A: shifted pixels, channels along the row. Each thread brings one chunk of every kRowStep-th tile row.
-template <class Gemm>
-class PixelLoader {
-  public:
-    using Storage = typename Gemm::Storage;
-    static constexpr int kChunks = kStageRowBytes / 16;
-    static constexpr int kRowStep = Gemm::kThreads / kChunks;
-    static constexpr int kRows = Gemm::shape.block_m / kRowStep;
-    static constexpr int kVectorSize = kVector<typename Gemm::Element>;
-
-    /// `source`: the tile's first pixel in a [pixels, channels] tensor.
-    __device__ PixelLoader(const Storage* source, const TileRow* rows, int width, int channels)
-        : source_(source), width_(width), channels_(channels) {
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            const TileRow entry = rows[row() + i * kRowStep];
-            offsets_[i] = entry.pixel * channels + column();
-            taps_[i] = entry.taps;
-        }
-    }
-
-    __device__ __forceinline__ void fetch(unsigned char* tile, const TapCursor& at) {
-        const int offset = at.shift(width_) * channels_ + at.channel;
-        const bool inside = at.channel + column() < channels_;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            const bool valid = inside && (taps_[i] >> at.tap & 1u);
-            const Storage* from = valid ? source_ + (offsets_[i] + offset) : source_;
-            ptx::cp_async_ca<16>(tile + swizzle<kStageRowBytes>(row() + i * kRowStep, chunk()), from, valid ? 16 : 0);
-        }
-    }
-
-  private:
-    static __device__ int row() { return threadIdx.x / kChunks; }
-    static __device__ int chunk() { return threadIdx.x % kChunks; }
-    static __device__ int column() { return chunk() * kVectorSize; }
-
-    const Storage* source_;
-    int width_, channels_;
-    int offsets_[kRows];
-    uint32_t taps_[kRows];
-};
-
 /// B: output channels as rows, input channels along the row.
 template <class Gemm>
 class FilterRowLoader {
@@ -86,7 +29,10 @@ class FilterRowLoader {
     static constexpr int kRows = Gemm::shape.block_n / kRowStep;
 
     __device__ FilterRowLoader(const Storage* weight, int first_row, int k, int c)
-        : weight_(weight + (first_row + row()) * 9 * c + column()), rows_left_(k - first_row - row()), c_(c) {}
+        : weight_(weight + (first_row + row()) * 9 * c + column()),
+          origin_(weight),
+          rows_left_(k - first_row - row()),
+          c_(c) {}
 
     __device__ __forceinline__ void fetch(unsigned char* tile, const TapCursor& at) {
         const Storage* from = weight_ + at.tap * c_ + at.channel;
@@ -95,17 +41,15 @@ class FilterRowLoader {
         for (int i = 0; i < kRows; ++i) {
             const bool valid = inside && i * kRowStep < rows_left_;
             ptx::cp_async_cg_16(tile + swizzle<kStageRowBytes>(row() + i * kRowStep, threadIdx.x % kChunks),
-                                valid ? from + i * kRowStep * 9 * c_ : weight_origin(), valid ? 16 : 0);
+                                valid ? from + i * kRowStep * 9 * c_ : origin_, valid ? 16 : 0);
         }
     }
 
   private:
     static __device__ int row() { return threadIdx.x / kChunks; }
     static __device__ int column() { return threadIdx.x % kChunks * kVector<typename Gemm::Element>; }
-    /// Some readable address for copies of zero bytes.
-    __device__ __forceinline__ const Storage* weight_origin() const { return weight_; }
-
     const Storage* weight_;
+    const Storage* origin_;  // a readable address for copies of zero bytes
     int rows_left_, c_;
 };
 
@@ -136,7 +80,7 @@ __global__ void __launch_bounds__(tile_shape(kTile).threads(), 2)
     fill_tile_rows(shared.rows, params.grid, pool);
     __syncthreads();
 
-    const int pixel = first_pixel(params.grid, pool);
+    const int pixel = params.grid.pixel(params.grid.pool(pool));
     const Storage* source = static_cast<const Storage*>(params.x) + int64_t{pixel} * params.c;
     ForwardLoader<Tile> loader{{source, shared.rows, params.grid.w, params.c},
                                {static_cast<const Storage*>(params.weight), first_channel, params.k, params.c}};

@@ -26,6 +26,9 @@ struct uint4 {
 struct float2 {
     float x, y;
 } __attribute__((aligned(8)));
+struct float4 {
+    float x, y, z, w;
+} __attribute__((aligned(16)));
 
 using emulator::dim3;
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
