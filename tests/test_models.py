@@ -7,26 +7,14 @@ everywhere. `small_head` narrows the hidden fully connected layers, where their 
 import copy
 import inspect
 import pickle
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from small_vgg import BUILDERS, SmallLinear, assert_same_parameters, needs_torchvision, on_meta, torchvision_models
 from torch import nn
 
-from vggfast import models, weights
+from vggfast import models
 from vggfast.fused import FusedSequential
-
-try:
-    import torchvision.models as torchvision_models
-except ImportError:
-    torchvision_models = None
-
-needs_torchvision = pytest.mark.skipif(
-    torchvision_models is None, reason="compares with torchvision, which is not installed: pip install torchvision"
-)
-
-BUILDERS = ["vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn"]
 
 # builder: (class, convolutions per block, parameters, GMAC at 224x224)
 NETWORKS = {
@@ -50,21 +38,9 @@ CONV_INDICES = {
 }
 
 
-class SmallLinear(nn.Linear):
-    """nn.Linear with 64 for every 4096."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(64 if in_features == 4096 else in_features, 64 if out_features == 4096 else out_features)
-
-
 @pytest.fixture
 def small_head(monkeypatch):
     monkeypatch.setattr(nn, "Linear", SmallLinear)
-
-
-def on_meta(builder, **kwargs):
-    with torch.device("meta"):
-        return builder(**kwargs)
 
 
 def plain_features(blocks, batch_norm):
@@ -87,13 +63,6 @@ def plain_twin(model):
     twin._modules = dict(model._modules)
     twin.features = nn.Sequential(*model.features)
     return twin
-
-
-def assert_same_parameters(ours, theirs):
-    ours, theirs = ours.state_dict(), theirs.state_dict()
-    assert list(ours) == list(theirs)
-    for key, value in theirs.items():
-        assert torch.equal(ours[key], value), key
 
 
 # --- against torchvision ---------------------------------------------------------------------------------------------
@@ -260,7 +229,8 @@ def test_forward_is_that_of_the_plain_modules(name, small_head):
     with torch.no_grad():
         expected = plain_twin(model).double()(x.double())
         error = (model.float()(x).double() - expected).norm() / expected.norm()
-    assert error < 2e-5
+    convolutions = sum(isinstance(layer, nn.Conv2d) for layer in model.features)
+    assert error < 5e-6 * convolutions  # what Winograd F(4x4, 3x3) is allowed in each, relative L2 in fp32
 
 
 def test_other_images_and_sizes(small_head):
@@ -307,58 +277,7 @@ def test_pickle_and_deepcopy(class_, copier, small_head):
     assert torch.equal(model(x), before)
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-BAD_ARGUMENTS = [
-    (models.VGG16, {"num_classes": "10"}, TypeError, r"num_classes: expected an integer >= 0, got '10' \(str\)"),
-    (models.VGG16, {"num_classes": 10.0}, TypeError, r"num_classes: expected an integer >= 0, got 10.0 \(float\)"),
-    (models.vgg16, {"num_classes": True}, TypeError, "num_classes: expected an integer >= 0, got True"),
-    (models.vgg16, {"num_classes": -1}, ValueError, "num_classes: expected an integer >= 0, got -1"),
-    (models.vgg16, {"dropout": 2}, ValueError, "between 0 and 1, but got 2"),
-    (models.VGG16, {"in_channels": 0}, ValueError, "in_channels: expected an integer >= 1, got 0"),
-    (models.vgg16, {"in_channels": None}, TypeError, "in_channels: expected an integer >= 1, got None"),
-    (models.vgg16, {"classes": 10}, TypeError, "unexpected keyword argument 'classes'"),
-    (
-        models.vgg16,
-        {"weights": "IMAGENET1K_V2"},
-        ValueError,
-        "expected VGG16_Weights.IMAGENET1K_V1, .* 'IMAGENET1K_V2'",
-    ),
-    (models.vgg16, {"weights": 3}, TypeError, "expected VGG16_Weights, a path, a URL or None but received int"),
-    (models.VGG16, {"weights": True}, TypeError, "expected VGG16_Weights, a path, a URL or None but received bool"),
-    (
-        models.vgg16,
-        {"weights": weights.VGG11_Weights.DEFAULT},
-        TypeError,
-        "Invalid Weight class provided; expected VGG16_Weights but received VGG11_Weights",
-    ),
-    (
-        models.VGG16,
-        {"weights": "VGG16_Weights.DEFAULT", "batch_norm": True},
-        TypeError,
-        "expected VGG16_BN_Weights but received VGG16_Weights",
-    ),
-    (
-        models.vgg16,
-        {"weights": "DEFAULT", "num_classes": 10},
-        ValueError,
-        "The parameter 'num_classes' expected value 1000 but got 10 instead",
-    ),
-    (models.vgg16, {"weights": "DEFAULT", "in_channels": 1}, ValueError, "'in_channels' expected value 3 but got 1"),
-    (models.vgg16c, {"weights": "DEFAULT"}, ValueError, "no weights are published for this model"),
-    (models.vgg16c, {"pretrained": True}, ValueError, "No weights available for model vgg16c"),
-    (models.vgg16, {"weights": None, "pretrained": True}, TypeError, "unexpected keyword argument 'pretrained'"),
-    (models.make_layers, {"cfg": [64, "X"]}, TypeError, r"cfg\[1\], where not 'M' or 'LRN': .* got 'X'"),
-    (models.make_layers, {"cfg": [64, 0]}, ValueError, r"cfg\[1\], where not 'M' or 'LRN': expected an integer >= 1"),
-]
-
-
-@pytest.mark.filterwarnings("ignore:.*deprecated since torchvision")
-@pytest.mark.parametrize(("call", "arguments", "error", "message"), BAD_ARGUMENTS)
-def test_bad_arguments_say_what_was_expected(call, arguments, error, message):
-    with pytest.raises(error, match=message):
-        on_meta(call, **arguments)
-
+# --- bad input ----------------------------------------------------------------------------------------------------------
 
 BAD_INPUTS = {
     "four channels": lambda: torch.rand(1, 4, 32, 32),
@@ -386,74 +305,3 @@ def test_bad_input_raises_what_the_plain_modules_raise(kind, small_head):
     expected = error_of(plain_twin(model), BAD_INPUTS[kind]())
     assert issubclass(expected, Exception)
     assert error_of(model, BAD_INPUTS[kind]()) is expected
-
-
-# --- pretrained weights through the constructors ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def requested(monkeypatch):
-    """The weights that constructors ask for; nothing is loaded."""
-    specs = []
-    monkeypatch.setattr(models, "load_weights", lambda model, spec, progress: specs.append((spec, progress)))
-    return specs
-
-
-@pytest.mark.parametrize(
-    ("args", "kwargs", "expected", "warned"),
-    [
-        (
-            (),
-            {"pretrained": True},
-            "IMAGENET1K_V1",
-            ["'pretrained' is deprecated", "weights=VGG16_Weights.IMAGENET1K_V1"],
-        ),
-        ((), {"pretrained": False}, None, ["'pretrained' is deprecated", "weights=None"]),
-        ((True,), {}, "IMAGENET1K_V1", ["Using weights as positional", "weights=VGG16_Weights.IMAGENET1K_V1"]),
-        ((False, False), {}, None, ["Using weights and progress as positional", "weights=None"]),
-        ((None,), {"num_classes": 4}, None, ["Using weights as positional"]),
-        ((), {"weights": "IMAGENET1K_FEATURES"}, "IMAGENET1K_FEATURES", []),
-        ((), {"weights": "VGG16_Weights.DEFAULT"}, "IMAGENET1K_V1", []),
-        ((), {"weights": weights.VGG16_Weights.DEFAULT, "num_classes": 1000}, "IMAGENET1K_V1", []),
-    ],
-)
-def test_weights_and_their_legacy_spellings(args, kwargs, expected, warned, requested):
-    with warnings.catch_warnings(record=True) as caught, torch.device("meta"):
-        warnings.simplefilter("always")
-        models.vgg16(*args, **kwargs)
-    assert requested == ([(weights.VGG16_Weights[expected], True)] if expected else [])
-    for warning, text in zip(caught, warned, strict=True):
-        assert text in str(warning.message)
-        assert warning.filename == __file__  # points at the caller
-
-
-def test_too_many_positional_arguments():
-    with pytest.raises(TypeError, match=r"vgg16\(\) takes at most weights and progress by position, got 3"):
-        models.vgg16(None, True, 10)
-    with pytest.raises(TypeError, match="multiple values for argument 'weights'"):
-        models.vgg16(None, weights=None)
-
-
-@needs_torchvision
-def test_torchvisions_weight_enums_are_accepted(requested):
-    on_meta(models.vgg16_bn, weights=torchvision_models.VGG16_BN_Weights.DEFAULT, progress=False)
-    assert requested == [(weights.VGG16_BN_Weights.IMAGENET1K_V1, False)]
-    with pytest.raises(TypeError, match=r"expected VGG16_Weights, .* but received ResNet18_Weights"):
-        on_meta(models.vgg16, weights=torchvision_models.ResNet18_Weights.DEFAULT)
-
-
-def test_published_weights_are_found_in_the_cache(tmp_path, monkeypatch, small_head):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    saved = models.vgg11(init_weights=False)
-    cached = tmp_path / "hub" / "checkpoints" / "vgg11-8a719046.pth"
-    cached.parent.mkdir(parents=True)
-    torch.save(saved.state_dict(), cached)
-    for loaded in (
-        models.vgg11(weights="DEFAULT"),
-        models.VGG11(weights=weights.VGG11_Weights.IMAGENET1K_V1),
-        models.vgg11(weights=str(cached)),
-        models.VGG11(weights=Path(cached)),
-    ):
-        assert_same_parameters(loaded, saved)
-    with pytest.raises(RuntimeError, match=r"trained for 1000 classes: build with num_classes=1000"):
-        models.vgg11(weights=cached, num_classes=10)
