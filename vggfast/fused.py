@@ -10,7 +10,6 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -104,7 +103,6 @@ class Run(NamedTuple):
 class Executed(NamedTuple):
     """What an observer is told after each step of a `FusedSequential`."""
 
-    owner: FusedSequential
     names: tuple[str, ...]
     modules: tuple[nn.Module, ...]
     run: Run | None  # None where the module was called
@@ -134,7 +132,7 @@ def _forward(self: FusedSequential, x: Any) -> Any:
             end = start + 1
             x, layout, keep = _run_module(children[start], x, layout, keep)
         if observe is not None:
-            observe(Executed(self, names[start:end], children[start:end], run, before, x, reason))
+            observe(Executed(names[start:end], children[start:end], run, before, x, reason))
         start = end
     return _restore(x, layout)
 
@@ -143,16 +141,15 @@ def _run_module(module: nn.Module, x: Any, layout: bool | None, keep: bool) -> t
     """Call one child; takes and returns x, `layout` and `keep` as `_forward` has them."""
     hooked = _hooked_globally() or any(child_obstacle(m) for m in module.modules())
     in_place = type(module) is nn.ReLU and module.inplace and isinstance(x, Tensor)
-    if type(module) in (nn.ReLU, nn.BatchNorm2d) and not hooked:
-        if layout is not None and not in_place and (x.shape[1] == 1 or x.shape[2] == x.shape[3] == 1):
-            layout = False  # where the strides fit both formats, torch's new tensors are contiguous
-        return F.relu(x) if in_place and keep else module(x), layout, False
-    restored = _restore(x, layout)
-    keep = keep and restored is x
-    # A hooked in-place ReLU must be called, for its hooks; it gets a copy of what others may hold.
-    y = module(restored.clone() if in_place and keep else restored)
-    makes_new = type(module) in (nn.Conv2d, nn.MaxPool2d)
-    return y, None, hooked or (keep and not makes_new)
+    keeps_layout = type(module) in (nn.ReLU, nn.BatchNorm2d) and not hooked
+    if not keeps_layout:
+        restored = _restore(x, layout)
+        x, layout, keep = restored, None, keep and restored is x
+    elif layout is not None and not in_place and (x.shape[1] == 1 or x.shape[2] == x.shape[3] == 1):
+        layout = False  # where the strides fit both formats, torch's new tensors are contiguous
+    y = module(x.clone() if in_place and keep else x)
+    makes_new = type(module) in _STAGES
+    return y, layout, hooked or (keep and not makes_new)
 
 
 def _restore(x: Any, layout: bool | None) -> Any:
