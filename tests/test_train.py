@@ -68,11 +68,8 @@ class StopAt(Listener):
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Runs are compared bit for bit, which holds for equal numbers of threads only."""
-    before = torch.get_num_threads()
+    """Runs are compared bit for bit, which holds for equal numbers of threads only. conftest.py restores the number."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------

@@ -13,19 +13,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import vggfast
+import vggfast.explanation
+import vggfast.models
 from vggfast import _C
 from vggfast.recipes import RecipeError
 from vggfast.recipes.config import MODELS, AmpName, ModelName, TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
-app = typer.Typer(
-    help="VGG on fused Conv3x3 + bias + ReLU + MaxPool kernels.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(soft_wrap=True)
 
 
@@ -42,6 +38,16 @@ def errors_for_users() -> Iterator[None]:
     except RecipeError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+@app.callback()
+def check_environment() -> None:
+    """VGG on fused Conv3x3 + bias + ReLU + MaxPool kernels."""
+    with errors_for_users():
+        try:
+            _C.cpu_isa(), _C.conv_algo()
+        except ValueError as error:  # VGGFAST_CPU_ISA or VGGFAST_CONV_ALGO has a value that is none of theirs
+            raise RecipeError(str(error)) from error
 
 
 @app.command()
@@ -61,7 +67,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
 def collect_info() -> dict[str, Any]:
     """What `info` shows, ready for JSON: versions, the build, the CPU kernels in use, GPUs."""
     build = dict(_C.build_info())
-    forced = os.environ.get("VGGFAST_CPU_ISA")
+    forced = os.environ.get("VGGFAST_CPU_ISA", "auto") not in ("", "auto")
     devices = [
         f"{torch.cuda.get_device_name(index)}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(index)))}"
         for index in range(torch.cuda.device_count())
@@ -74,18 +80,14 @@ def collect_info() -> dict[str, Any]:
         "cuda_kernels": build.pop("cuda") or "not in this build",
         **{f"built_with_{name}": str(value) for name, value in build.items()},
         "cpu_isa": _C.cpu_isa(),
-        "cpu_isa_reason": f"forced by VGGFAST_CPU_ISA={forced}" if forced else "the widest of those this CPU runs",
+        "cpu_isa_reason": "forced by VGGFAST_CPU_ISA" if forced else "the widest of those this CPU runs",
         "cpu_isas": list(_C.cpu_isas()),
         "conv_algo": _C.conv_algo(),
-        "conv_algo_reason": _from_environment("VGGFAST_CONV_ALGO"),
+        "conv_algo_reason": "VGGFAST_CONV_ALGO" if os.environ.get("VGGFAST_CONV_ALGO") else "the default",
         "threads": torch.get_num_threads(),
         "cuda_of_torch": torch.version.cuda or "none: a CPU build",
         "cuda_devices": devices,
     }
-
-
-def _from_environment(name: str) -> str:
-    return f"{name}={os.environ[name]}" if name in os.environ else f"the default; {name} is not set"
 
 
 @app.command()
@@ -109,14 +111,13 @@ def explain(
         name = f"{model}_bn" if batch_norm and not model.endswith("_bn") else model
         if name not in MODELS:
             raise RecipeError(f"{model} has no variant with BatchNorm: expected one of {', '.join(MODELS)}")
-    network = getattr(vggfast, name)(in_channels=in_channels, init_weights=False).to(place, DTYPES[dtype]).train(train)
+    network = (
+        getattr(vggfast.models, name)(in_channels=in_channels, init_weights=False).to(place, DTYPES[dtype]).train(train)
+    )
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.zeros(batch, in_channels, size, size, device=place, dtype=DTYPES[dtype]).to(memory_format=layout)
-    explanation = vggfast.explain(network, x)
-    if as_json:
-        typer.echo(json.dumps([row._asdict() for row in explanation.rows], indent=2))
-    else:
-        typer.echo(str(explanation))
+    explanation = vggfast.explanation.explain(network, x)
+    typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
 
 
 @app.command()

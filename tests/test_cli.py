@@ -1,0 +1,214 @@
+"""`python -m vggfast info | explain | train`: what they print, and how they say no."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import tiny_model
+from typer.testing import CliRunner, Result
+
+import vggfast.models
+from vggfast import _C, cli
+from vggfast.recipes import train as training
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: object) -> Result:
+    """The command line in this process; stdout and stderr apart."""
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(cli.app, list(map(str, arguments)))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Train a model of 14 thousand parameters in place of a VGG's 129 million."""
+    monkeypatch.setattr(training, "build_model", lambda name, data: tiny_model(data.in_channels))
+
+
+def assert_one_message(result: Result, *parts: str) -> None:
+    """Exit status 2, `parts` in the message on stderr, no traceback."""
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.output
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_importing_the_library_leaves_the_recipes_and_their_packages_alone():
+    heavy = ["typer", "rich", "matplotlib", "sklearn", "vggfast.recipes", "vggfast.cli"]
+    script = f"import sys, vggfast; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# ---- info ----------------------------------------------------------------------------------------------------------
+
+
+def test_info_as_json_is_what_the_library_says():
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["vggfast"] == _C.build_info()["version"]
+    assert facts["torch"] == torch.__version__
+    assert facts["cpu_isa"] == _C.cpu_isa()
+    assert facts["cpu_isas"] == list(_C.cpu_isas())
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["cuda_devices"] == [] or torch.cuda.is_available()
+
+
+def test_info_as_a_table_has_every_fact():
+    shown = run("info").stdout
+    for name, value in cli.collect_info().items():
+        assert name.replace("_", " ") in shown
+        assert (", ".join(value) if isinstance(value, list) else str(value)) in shown
+
+
+def test_info_says_that_an_isa_was_forced():
+    environment = os.environ | {"VGGFAST_CPU_ISA": "baseline", "VGGFAST_CONV_ALGO": "direct"}
+    command = [sys.executable, "-m", "vggfast", "info", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    facts = json.loads(done.stdout)
+    assert (facts["cpu_isa"], facts["cpu_isa_reason"]) == ("baseline", "forced by VGGFAST_CPU_ISA")
+    assert (facts["conv_algo"], facts["conv_algo_reason"]) == ("direct", "VGGFAST_CONV_ALGO")
+
+
+@pytest.mark.parametrize("name", ["VGGFAST_CPU_ISA", "VGGFAST_CONV_ALGO"])
+def test_a_variable_with_a_wrong_value_is_reported(name):
+    command = [sys.executable, "-m", "vggfast", "info"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {name: "sse9"}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: {name}: expected auto")
+    assert done.stderr.count("\n") == 1
+
+
+# ---- explain -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_vgg(monkeypatch):
+    """`explain`'s models without their 120 million parameters of fully connected layers."""
+
+    def build(in_channels: int, init_weights: bool, batch_norm: bool = False) -> torch.nn.Module:
+        return vggfast.models.make_layers([8, "M", 16, "M"], batch_norm=batch_norm, in_channels=in_channels)
+
+    monkeypatch.setattr(vggfast.models, "vgg11", build)
+    monkeypatch.setattr(vggfast.models, "vgg11_bn", lambda **arguments: build(**arguments, batch_norm=True))
+
+
+def test_explain_prints_a_row_for_each_layer(small_vgg):
+    shown = run("explain", "vgg11", "--size", 32, "--batch", 2).stdout
+    assert "2x3x32x32" in shown
+    assert "2 of 2 convolutions run on fused kernels." in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "dtype", "fused"),
+    [
+        (["--dtype", "bf16", "--batch", 2, "--size", 48], [2, 3, 48, 48], "bfloat16", 2),
+        (["--dtype", "fp64"], [1, 3, 224, 224], "float64", 0),
+        (["--in-channels", 1, "--size", 32, "--channels-last", "--batch-norm"], [1, 1, 32, 32], "float32", 2),
+        (["--batch-norm", "--train", "--size", 32], [1, 3, 32, 32], "float32", 2),
+    ],
+)
+def test_explain_as_json(small_vgg, options, shape, dtype, fused):
+    explanation = json.loads(run("explain", "vgg11", "--json", "--device", "cpu", *options).stdout)
+    first = explanation["rows"][0]
+    assert (first["input"], first["dtype"]) == (shape, dtype)
+    assert (explanation["convolutions"], explanation["fused_convolutions"]) == (2, fused)
+    in_one_run = "BatchNorm" in first["layers"]
+    assert in_one_run == ("--batch-norm" in options and "--train" not in options)
+
+
+def test_explain_rejects_what_it_does_not_know():
+    assert_one_message(run("explain", "vgg12"), "vgg12", "vgg11")
+    assert_one_message(run("explain", "vgg16", "--dtype", "fp8"), "--dtype", "fp8", "bf16")
+    assert_one_message(run("explain", "vgg16c", "--batch-norm"), "vgg16c has no variant with BatchNorm")
+    assert_one_message(run("explain", "vgg16", "--device", "tpu"), "expected auto, cpu, cuda or cuda:N, got 'tpu'")
+
+
+# ---- train ---------------------------------------------------------------------------------------------------------
+
+QUICK = ("--epochs", 2, "--limit", 64, "--batch-size", 32, "--threads", 1, "--lr", 0.05)
+
+
+def test_train_reports_and_resumes(tiny, tmp_path):
+    whole = run("train", "--data", "digits", "--output", tmp_path / "whole", *QUICK)
+    assert whole.exit_code == 0, whole.output
+    assert "64 images to train on, 64 held out, 10 classes" in whole.stdout
+    assert "epoch 2/2: loss " in whole.stdout
+    assert "test accuracy " in whole.stdout
+    assert f"learning curve: {tmp_path / 'whole' / 'curve.png'}" in whole.stdout
+    assert "\x1b" not in whole.stdout  # no control codes where the output is no terminal
+
+    class Stop(training.Listener):
+        def step(self, trainer, loss):
+            if trainer.epoch == 1:
+                raise KeyboardInterrupt
+
+    config = training.TrainConfig.recipe(
+        "digits", output=str(tmp_path / "half"), epochs=2, limit=64, batch_size=32, threads=1, lr=0.05
+    )
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(config, listener=Stop())
+    resumed = run("train", "--output", tmp_path / "half", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "resumed after epoch 1, step 0" in resumed.stdout
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "whole"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_train_says_no_in_one_message(tiny, tmp_path):
+    out = tmp_path / "run"
+    assert run("train", "--output", out, *QUICK).exit_code == 0
+    assert_one_message(run("train", "--output", out, *QUICK), "--resume", "--overwrite")
+    assert_one_message(run("train", "--output", out, "--resume", "--overwrite"), "expected --resume", "got both")
+    assert_one_message(run("train", "--output", out, "--resume", "--lr", 0.1), "--lr 0.05", "--lr 0.1")
+    assert_one_message(run("train", "--output", out, "--resume", "--data", "fake"), "--data digits", "--data fake")
+    assert_one_message(run("train", "--output", tmp_path / "new", "--resume"), "no checkpoint to resume from")
+    assert_one_message(run("train", "--output", out / "metrics.csv" / "x"), "cannot write", "Choose another --output")
+    assert_one_message(run("train", "--output", tmp_path / "new", "--amp", "fp8"), "--amp", "fp8", "bf16")
+    assert_one_message(run("train", "--output", tmp_path / "new", "--model", "vgg12"), "--model", "vgg12")
+    assert_one_message(run("train", "--output", tmp_path / "new", "--device", "tpu"), "expected auto, cpu", "'tpu'")
+    (out / "checkpoint.pt").write_bytes(b"PK")
+    assert_one_message(run("train", "--output", out, "--resume"), "cannot be read as a checkpoint", "--overwrite")
+
+
+def test_train_without_its_data_says_so(tmp_path):
+    pytest.importorskip("torchvision")
+    missing = run("train", "--data", tmp_path / "nowhere", "--output", tmp_path / "run")
+    assert_one_message(missing, f"no data folder {tmp_path / 'nowhere'}", "expected 'digits'", "Check --data")
+
+
+def test_train_a_real_vgg(tmp_path):
+    """The whole command, in a process of its own, on one of the paper's networks."""
+    options = ("--data", "fake", "--model", "vgg11", "--limit", 8, "--batch-size", 4, "--threads", 1, "--epochs", 1)
+    command = [sys.executable, "-m", "vggfast", "train", *map(str, options), "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "vgg11: 128,807,306 parameters, on fake: 8 images to train on" in done.stdout
+    assert (tmp_path / "run" / "model.safetensors").stat().st_size > 4 * 128_807_306
+    shutil.rmtree(tmp_path / "run")  # 1.5 GB that pytest would keep
+
+
+def test_ctrl_c_ends_a_run_with_the_way_to_go_on(tmp_path):
+    script = f"""
+import sys
+sys.path[:0] = [{str(ROOT / "tests")!r}]
+from test_cli import *
+training.build_model = lambda name, data: tiny_model(data.in_channels)
+cli.main()
+"""
+    command = [sys.executable, "-c", script, "train", "--output", str(tmp_path), "--epochs", "1000", "--threads", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert "1,438 images to train on" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stderr == f"interrupted; go on with: vggfast train --output {tmp_path} --resume\n"
