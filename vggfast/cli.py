@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import vggfast.explanation
+import vggfast
 import vggfast.models
 from vggfast import _C
 from vggfast.recipes import RecipeError
@@ -116,7 +116,7 @@ def explain(
     )
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.zeros(batch, in_channels, size, size, device=place, dtype=DTYPES[dtype]).to(memory_format=layout)
-    explanation = vggfast.explanation.explain(network, x)
+    explanation = vggfast.explain(network, x)
     typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
 
 
