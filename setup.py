@@ -1,11 +1,15 @@
-"""Builds vggfast._C with ninja: C++ for every instruction set, against torch's stable ABI.
+"""Builds vggfast._C with ninja: C++ for every instruction set, CUDA for every tensor-core GPU, against torch's stable ABI.
 
-The metadata is in pyproject.toml. Environment: MAX_JOBS limits the compile jobs, CXX names the compiler.
+The metadata is in pyproject.toml. Environment: MAX_JOBS limits the compile jobs, CXX names the compiler, CUDA_HOME a CUDA toolkit to use
+in place of the compiler wheels, TORCH_CUDA_ARCH_LIST (as "8.0;9.0+PTX") the GPUs; VGGFAST_CUDA=0 leaves CUDA out, VGGFAST_CUDA=1 makes a
+missing CUDA compiler an error. Whether a GPU or a CUDA build of torch is present makes no difference.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -18,48 +22,113 @@ VERSION = "0.1.0"
 TORCH_TARGET = "0x020a000000000000"  # run on torch 2.10 and everything newer
 
 
-def sources() -> list[Path]:
-    return sorted([ROOT / "csrc/ops.cpp", *ROOT.glob("csrc/cpu/*.cpp")])
+CUDA_ARCHS = "8.0+PTX;9.0"
 
 
-def compile_flags() -> list[str]:
+def toolkit(nvcc: Path) -> Path:
+    """The folder of include and lib, which nvcc knows: what is on PATH may be a script that calls the compiler."""
+    told = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=True)
+    return Path(next(line for line in told.stderr.splitlines() if line.startswith("#$ TOP=")).removeprefix("#$ TOP=")).resolve()
+
+
+def find_nvcc() -> Path | None:
+    """The CUDA compiler: CUDA_HOME's, the wheels' that pyproject.toml requires, or the one on PATH."""
+    if os.environ.get("VGGFAST_CUDA") == "0":
+        return None
+    candidates = [Path(os.environ["CUDA_HOME"]) / "bin/nvcc"] if "CUDA_HOME" in os.environ else []
+    wheels = importlib.util.find_spec("nvidia")
+    for folder in wheels.submodule_search_locations or [] if wheels else []:
+        candidates.append(Path(folder) / "cu13/bin/nvcc")
+    on_path = shutil.which("nvcc")
+    if on_path:
+        candidates.append(Path(on_path))
+    for nvcc in candidates:
+        if nvcc.is_file():
+            return nvcc
+    message = "no nvcc in CUDA_HOME, in NVIDIA's compiler wheels (see pyproject.toml) or on PATH"
+    if os.environ.get("VGGFAST_CUDA") == "1":
+        raise RuntimeError(f"VGGFAST_CUDA=1, but {message}")
+    print(f"vggfast: building without CUDA kernels: {message}")
+    return None
+
+
+def cuda_archs() -> list[str]:
+    """The GPUs to compile for, as in TORCH_CUDA_ARCH_LIST: "8.0+PTX" is machine code for 8.0 and PTX for what comes later."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS).replace(",", ";").replace(" ", ";").split(";")
+
+
+def gencode_flags() -> list[str]:
+    flags = []
+    for arch in cuda_archs():
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def sources(cuda: bool) -> list[Path]:
+    found = [ROOT / "csrc/ops.cpp", *ROOT.glob("csrc/cpu/*.cpp")]
+    if cuda:
+        found += [*ROOT.glob("csrc/cuda/*.cpp"), *ROOT.glob("csrc/cuda/**/*.cu")]
+    return sorted(found)
+
+
+def compile_flags(nvcc: Path | None) -> list[str]:
     import pybind11
     from torch.utils.cpp_extension import include_paths
 
-    includes = [str(ROOT / "csrc"), *include_paths(), pybind11.get_include(), sysconfig.get_paths()["include"]]
+    system = [*include_paths(), pybind11.get_include(), sysconfig.get_paths()["include"]]
+    cuda = ["-DVGGFAST_CUDA", "-DUSE_CUDA", f"-isystem {toolkit(nvcc) / 'include'}"] if nvcc else []
     return [
         *["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-unknown-pragmas"],
         "-Wno-maybe-uninitialized",  # gcc 12 gives it for its own AVX-512 header
         *os.environ.get("CXXFLAGS", "").split(),
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         f'-DVGGFAST_VERSION=\\"{VERSION}\\"',
-        '-DVGGFAST_CUDA_ARCHS=\\"\\"',
-        *[f"-I{path}" if "csrc" in path else f"-isystem {path}" for path in includes],
+        f'-DVGGFAST_CUDA_ARCHS=\\"{",".join(cuda_archs()) if nvcc else ""}\\"',
+        f"-I{ROOT / 'csrc'}",
+        *[f"-isystem {path}" for path in system],
+        *cuda,
     ]
 
 
-def link_flags() -> list[str]:
+def nvcc_flags() -> list[str]:
+    host = "-fPIC,-fvisibility=hidden,-Wall"
+    extra = os.environ.get("NVCC_FLAGS", "").split()
+    return ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-Xcompiler={host}", f"-I{ROOT / 'csrc'}", *gencode_flags(), *extra]
+
+
+def link_flags(nvcc: Path | None) -> list[str]:
     from torch.utils.cpp_extension import library_paths
 
     # Named as needed libraries, torch's are found by name in the process that has imported torch: no path is written down.
     libraries = ["-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-Wl,--as-needed"]
+    if nvcc:  # CUDA's runtime goes in statically: a machine without a GPU need not have it
+        root = toolkit(nvcc)
+        folders = [f"-L{folder}" for folder in (root / "lib", root / "lib64", root / "targets/x86_64-linux/lib") if folder.is_dir()]
+        libraries += [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     return ["-shared", *os.environ.get("LDFLAGS", "").split(), *[f"-L{path}" for path in library_paths()], *libraries]
 
 
 def ninja_file(output: Path, work: Path) -> str:
-    """One compile rule, one link rule, one edge a source file."""
+    """One rule a language, one edge a source file."""
+    nvcc = find_nvcc()
     cxx = os.environ.get("CXX", "g++")
     lines = [
         f"cxx = {cxx}",
-        f"flags = {' '.join(compile_flags())}",
-        f"link = {' '.join(link_flags())}",
-        "rule compile\n command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
+        f"nvcc = {nvcc} -ccbin {cxx}",
+        f"cxx_flags = {' '.join(compile_flags(nvcc))}",
+        f"nvcc_flags = {' '.join(nvcc_flags())}",
+        f"link = {' '.join(link_flags(nvcc))}",
+        "rule cpp\n command = $cxx $cxx_flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
+        "rule cu\n command = $nvcc $nvcc_flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
         "rule link\n command = $cxx $in $link -o $out",
     ]
     objects = []
-    for source in sources():
-        objects.append(work / source.relative_to(ROOT).with_suffix(".o"))
-        lines.append(f"build {objects[-1]}: compile {source}")
+    for source in sources(cuda=nvcc is not None):
+        objects.append(work / source.relative_to(ROOT).with_suffix(source.suffix + ".o"))
+        lines.append(f"build {objects[-1]}: {source.suffix[1:]} {source}")
     lines.append(f"build {output}: link {' '.join(map(str, objects))}")
     return "\n".join(lines) + "\n"
 

@@ -30,6 +30,11 @@ inline void check_weight(const Tensor& weight) {
                   "weight: expected [C_out, C_in, 3, 3], got ", shape_of(weight));
 }
 
+inline void check_pooled_image(const Tensor& x) {
+  check_image(x, "x");
+  STD_TORCH_CHECK(x.size(2) >= 2 && x.size(3) >= 2, "x: expected H and W of at least 2 to pool, got ", shape_of(x));
+}
+
 inline void check_conv3x3(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, bool pool) {
   check_image(x, "x");
   check_weight(weight);
@@ -41,7 +46,7 @@ inline void check_conv3x3(const Tensor& x, const Tensor& weight, const MaybeTens
                     shape_of(*bias));
     check_same_kind(*bias, "bias", x, "x");
   }
-  STD_TORCH_CHECK(!pool || (x.size(2) >= 2 && x.size(3) >= 2), "x: expected H and W of at least 2 to pool, got ", shape_of(x));
+  if (pool) check_pooled_image(x);
 }
 
 // A gradient of [n, c, h, w], or of that after a 2x2 pool, with what the forward pass saved about it.
@@ -64,6 +69,21 @@ inline void check_gradient(const Tensor& grad, const MaybeTensor& y, const Maybe
                     "argmax: expected contiguous uint8 [N, H/2, W/2, ceil(C/4)] for grad ", shape_of(grad), " on its device, got ",
                     argmax->scalar_type(), " ", shape_of(*argmax));
   }
+}
+
+inline void check_grad_input(const Tensor& grad, const Tensor& weight, const MaybeTensor& y, const MaybeTensor& argmax, int64_t h,
+                             int64_t w) {
+  check_gradient(grad, y, argmax, h, w);
+  check_weight(weight);
+  check_same_kind(weight, "weight", grad, "grad");
+  STD_TORCH_CHECK(grad.size(1) == weight.size(0), "grad: expected ", weight.size(0), " channels, got ", shape_of(grad));
+}
+
+inline void check_grad_weight(const Tensor& x, const Tensor& grad, const MaybeTensor& y, const MaybeTensor& argmax) {
+  check_image(x, "x");
+  check_gradient(grad, y, argmax, x.size(2), x.size(3));
+  check_same_kind(grad, "grad", x, "x");
+  STD_TORCH_CHECK(grad.size(0) == x.size(0), "grad: expected batch ", x.size(0), ", got ", shape_of(grad));
 }
 
 } // namespace vggfast

@@ -4,6 +4,9 @@
 
 #include "cpu/settings.h"
 #include "cpu/isa.h"
+#ifdef VGGFAST_CUDA
+#  include "cuda/settings.h"
+#endif
 #include "torch_glue.h"
 
 // Forward ops return (y, argmax): argmax is [N, H/2, W/2, ceil(C/4)], 2 bits a channel, if asked for and pooled, else empty.
@@ -41,4 +44,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_conv_algo", &cpu::set_conv_algo, pybind11::arg("name"), "Use auto, winograd or direct.");
   m.def("cpu_plan", &cpu::describe_plan, pybind11::arg("which"), pybind11::arg("n"), pybind11::arg("c_in"), pybind11::arg("c_out"),
         pybind11::arg("h"), pybind11::arg("w"), "The plan of 'forward', 'grad_input' or 'grad_weight' for a CPU, in words.");
+#ifdef VGGFAST_CUDA
+  m.def("cuda_plan", &vggfast::cuda::describe_plan, pybind11::arg("which"), pybind11::arg("n"), pybind11::arg("c_in"),
+        pybind11::arg("c_out"), pybind11::arg("h"), pybind11::arg("w"), pybind11::arg("pool"), pybind11::arg("dtype"),
+        pybind11::arg("sm_count"), pybind11::arg("compute_capability"),
+        "The plan of 'forward', 'grad_input' or 'grad_weight' for a GPU, in words; 'aten: why' if no kernel takes it.");
+#endif
 }

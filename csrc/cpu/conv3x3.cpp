@@ -126,10 +126,7 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& weight, co
 
 Tensor conv3x3_grad_input(const Tensor& grad_any, const Tensor& weight, const MaybeTensor& y_any, const MaybeTensor& argmax,
                           int64_t h, int64_t w) {
-  check_gradient(grad_any, y_any, argmax, h, w);
-  check_weight(weight);
-  check_same_kind(weight, "weight", grad_any, "grad");
-  STD_TORCH_CHECK(grad_any.size(1) == weight.size(0), "grad: expected ", weight.size(0), " channels, got ", shape_of(grad_any));
+  check_grad_input(grad_any, weight, y_any, argmax, h, w);
   Tensor gx = empty_nhwc(grad_any, grad_any.size(0), weight.size(1), h, w);
   if (gx.numel() == 0) return gx;
   const Tensor grad = with_adjacent_channels(grad_any);
@@ -140,11 +137,8 @@ Tensor conv3x3_grad_input(const Tensor& grad_any, const Tensor& weight, const Ma
 
 std::tuple<Tensor, Tensor> conv3x3_grad_weight(const Tensor& x_any, const Tensor& grad_any, const MaybeTensor& y_any,
                                                const MaybeTensor& argmax) {
-  check_image(x_any, "x");
+  check_grad_weight(x_any, grad_any, y_any, argmax);
   const int64_t h = x_any.size(2), w = x_any.size(3), in = x_any.size(1), out = grad_any.size(1);
-  check_gradient(grad_any, y_any, argmax, h, w);
-  check_same_kind(grad_any, "grad", x_any, "x");
-  STD_TORCH_CHECK(grad_any.size(0) == x_any.size(0), "grad: expected batch ", x_any.size(0), ", got ", shape_of(grad_any));
   Tensor gw = empty_of(x_any, {out, in, 3, 3}, x_any.scalar_type());
   Tensor gb = empty_of(x_any, {out}, x_any.scalar_type());
   if (x_any.size(0) == 0) return {torch::stable::zero_(gw), torch::stable::zero_(gb)};
@@ -168,9 +162,8 @@ std::tuple<Tensor, Tensor> conv3x3_grad_weight(const Tensor& x_any, const Tensor
 }
 
 std::tuple<Tensor, Tensor> max_pool2x2(const Tensor& x_any, bool save_argmax) {
-  check_image(x_any, "x");
+  check_pooled_image(x_any);
   const int64_t n = x_any.size(0), c = x_any.size(1), h = x_any.size(2), w = x_any.size(3);
-  STD_TORCH_CHECK(h >= 2 && w >= 2, "x: expected H and W of at least 2 to pool, got ", shape_of(x_any));
   Tensor y = empty_nhwc(x_any, n, c, h / 2, w / 2);
   Tensor argmax = empty_argmax(x_any, save_argmax, n, c, h, w);
   const Tensor x = with_adjacent_channels(x_any);
