@@ -58,7 +58,7 @@ class TrainConfig:
     model: str = "vgg11_bn"
     epochs: int = 5
     batch_size: int = 64
-    lr: float = 0.005
+    lr: float = 0.004
     weight_decay: float = 5e-4
     size: int = 32
     limit: int | None = None
