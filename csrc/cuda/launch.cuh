@@ -10,15 +10,15 @@
 namespace vggfast::cuda {
 
 inline void check(cudaError_t error, const char* kernel_name) {
-    if (error != cudaSuccess) {
-        throw std::runtime_error(std::string("vggfast: kernel ") + kernel_name + ": " + cudaGetErrorString(error));
-    }
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("vggfast: kernel ") + kernel_name + ": " + cudaGetErrorString(error));
+  }
 }
 
 struct LaunchShape {
-    int64_t blocks;
-    int threads;
-    int shared_bytes;
+  int64_t blocks;
+  int threads;
+  int shared_bytes;
 };
 
 /// Launches `kernel(arguments...)`; throws std::runtime_error with the kernel's name when CUDA refuses. Safe in graph
@@ -26,18 +26,18 @@ struct LaunchShape {
 template <class... Arguments>
 void launch_kernel(const char* name, void (*kernel)(Arguments...), const LaunchShape& shape, cudaStream_t stream,
                    const Arguments&... arguments) {
-    constexpr int always_allowed = 48 * 1024;
-    if (shape.shared_bytes > always_allowed) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), name);
-    }
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
-    config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-    config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-    config.stream = stream;
-    const cudaError_t refused = cudaLaunchKernelEx(&config, kernel, arguments...);
-    const cudaError_t sticky = cudaGetLastError();
-    check(refused != cudaSuccess ? refused : sticky, name);
+  constexpr int always_allowed = 48 * 1024;
+  if (shape.shared_bytes > always_allowed) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), name);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = stream;
+  const cudaError_t refused = cudaLaunchKernelEx(&config, kernel, arguments...);
+  const cudaError_t sticky = cudaGetLastError();
+  check(refused != cudaSuccess ? refused : sticky, name);
 }
 
-}  // namespace vggfast::cuda
+} // namespace vggfast::cuda

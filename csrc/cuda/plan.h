@@ -19,177 +19,190 @@ inline constexpr int kTiles = 3;
 
 /// A block's tile of the product, and the grid of warps that share it.
 struct TileShape {
-    int block_m, block_n;
-    int warps_m, warps_n;
-    int stages;
+  int block_m, block_n;
+  int warps_m, warps_n;
+  int stages;
 
-    constexpr int threads() const { return 32 * warps_m * warps_n; }
-    constexpr int warp_m() const { return block_m / warps_m; }
-    constexpr int warp_n() const { return block_n / warps_n; }
+  constexpr int threads() const { return 32 * warps_m * warps_n; }
+  constexpr int warp_m() const { return block_m / warps_m; }
+  constexpr int warp_n() const { return block_n / warps_n; }
 };
 
 constexpr TileShape tile_shape(TileId tile) {
-    switch (tile) {
-        // 64x64 per warp: 4 KiB of ldmatrix for 32 mma, half of what the shared memory of sm_80 can feed.
-        case TileId::m128n128: return {128, 128, 2, 2, 4};
-        // The same warp tile where only 64 output channels exist (VGG's first block).
-        case TileId::m256n64: return {256, 64, 4, 1, 4};
-        // Small problems: four times the blocks, at 32x32 per warp.
-        case TileId::m64n64: return {64, 64, 2, 2, 4};
-    }
-    return {};
+  switch (tile) {
+  // 64x64 per warp: 4 KiB of ldmatrix for 32 mma, half of what the shared memory of sm_80 can feed.
+  case TileId::m128n128:
+    return {128, 128, 2, 2, 4};
+  // The same warp tile where only 64 output channels exist (VGG's first block).
+  case TileId::m256n64:
+    return {256, 64, 4, 1, 4};
+  // Small problems: four times the blocks, at 32x32 per warp.
+  case TileId::m64n64:
+    return {64, 64, 2, 2, 4};
+  }
+  return {};
 }
 
 /// Bytes of the reduction that one pipeline stage holds per tile row: 32 16-bit or 16 fp32 elements.
 inline constexpr int kStageRowBytes = 64;
 
 struct Device {
-    int sm_count;
-    int compute_capability;  // major * 10 + minor
+  int sm_count;
+  int compute_capability; // major * 10 + minor
 };
 
 struct Plan {
-    Kernel kernel = Kernel::aten;
-    TileId tile = TileId::m64n64;
-    int64_t tiles_m = 0, tiles_n = 0;  // blocks over rows and columns of the product
-    int splits = 1;                    // parts of the reduction, each with its own partial result (grad_weight)
-    int64_t workspace_bytes = 0;
-    const char* reason = "";  // which limit or measurement chose this row
+  Kernel kernel = Kernel::aten;
+  TileId tile = TileId::m64n64;
+  int64_t tiles_m = 0, tiles_n = 0; // blocks over rows and columns of the product
+  int splits = 1;                   // parts of the reduction, each with its own partial result (grad_weight)
+  int64_t workspace_bytes = 0;
+  const char* reason = ""; // which limit or measurement chose this row
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Plan& plan) {
-    constexpr const char* kernels[] = {"aten", "implicit_gemm", "first_layer"};
-    constexpr const char* tiles[] = {"m128n128", "m256n64", "m64n64"};
-    out << kernels[static_cast<int>(plan.kernel)];
-    if (plan.kernel != Kernel::aten) {
-        out << " tile=" << tiles[static_cast<int>(plan.tile)] << " grid=" << plan.tiles_m << "x" << plan.tiles_n << "x"
-            << plan.splits << " workspace=" << plan.workspace_bytes;
-    }
-    return out << ": " << plan.reason;
+  constexpr const char* kernels[] = {"aten", "implicit_gemm", "first_layer"};
+  constexpr const char* tiles[] = {"m128n128", "m256n64", "m64n64"};
+  out << kernels[static_cast<int>(plan.kernel)];
+  if (plan.kernel != Kernel::aten) {
+    out << " tile=" << tiles[static_cast<int>(plan.tile)] << " grid=" << plan.tiles_m << "x" << plan.tiles_n << "x" << plan.splits
+        << " workspace=" << plan.workspace_bytes;
+  }
+  return out << ": " << plan.reason;
 }
 
 namespace plan_detail {
 
-constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
 
 /// Why the kernels cannot take this problem, or null.
 inline const char* unsupported(const Problem& p, const Device& device) {
-    // Loaders count up to one tile past the last pixel.
-    constexpr int64_t limit = std::numeric_limits<int32_t>::max() - 1024;
-    const int vector = 16 / element_bytes(p.dtype);
-    if (device.compute_capability < 80) {
-        return "tensor cores with cp.async need compute capability 8.0";
-    }
-    if (std::min({p.n, p.h, p.w, p.c, p.k}) < 1 || (p.pool && std::min(p.h, p.w) < 2)) {
-        return "no output elements";
-    }
-    if (p.n * p.h * p.w > limit) {
-        return "2^31 pixels or more: pixel indices are 32-bit (element offsets are 64-bit)";
-    }
-    if (9 * p.c * p.k > limit || (8 * p.w + 2048) * std::max(p.c, p.k) > limit) {
-        return "offsets inside the weight or inside one tile pass 2^31 elements";
-    }
-    if (p.k % vector != 0) {
-        return "output channels are not a multiple of 16 bytes";
-    }
-    return nullptr;
+  // Loaders count up to one tile past the last pixel.
+  constexpr int64_t limit = std::numeric_limits<int32_t>::max() - 1024;
+  const int vector = 16 / element_bytes(p.dtype);
+  if (device.compute_capability < 80) {
+    return "tensor cores with cp.async need compute capability 8.0";
+  }
+  if (std::min({p.n, p.h, p.w, p.c, p.k}) < 1 || (p.pool && std::min(p.h, p.w) < 2)) {
+    return "no output elements";
+  }
+  if (p.n * p.h * p.w > limit) {
+    return "2^31 pixels or more: pixel indices are 32-bit (element offsets are 64-bit)";
+  }
+  if (9 * p.c * p.k > limit || (8 * p.w + 2048) * std::max(p.c, p.k) > limit) {
+    return "offsets inside the weight or inside one tile pass 2^31 elements";
+  }
+  if (p.k % vector != 0) {
+    return "output channels are not a multiple of 16 bytes";
+  }
+  return nullptr;
 }
 
 /// Modelled time of a grid on tile t, in multiply-adds per SM at the rate of a 64x64 warp tile.
 inline double grid_cost(TileId tile, int64_t blocks, const Device& device) {
-    const TileShape shape = tile_shape(tile);
-    // ldmatrix bytes per mma bound 32x32 warp tiles at about 0.6 of the 64x64 rate (computed, not measured).
-    const double efficiency = tile == TileId::m64n64 ? 0.6 : 1.0;
-    const int resident = tile == TileId::m64n64 ? 4 : 2;
-    const int64_t waves = ceil_div(blocks, int64_t{device.sm_count} * resident);
-    // A last wave that leaves SMs with fewer residents still takes at least one block's time alone.
-    const int64_t last = blocks - (waves - 1) * device.sm_count * resident;
-    const double depth = double((waves - 1) * resident + ceil_div(last, device.sm_count));
-    return depth * shape.block_m * shape.block_n / efficiency;
+  const TileShape shape = tile_shape(tile);
+  // ldmatrix bytes per mma bound 32x32 warp tiles at about 0.6 of the 64x64 rate (computed, not measured).
+  const double efficiency = tile == TileId::m64n64 ? 0.6 : 1.0;
+  const int resident = tile == TileId::m64n64 ? 4 : 2;
+  const int64_t waves = ceil_div(blocks, int64_t{device.sm_count} * resident);
+  // A last wave that leaves SMs with fewer residents still takes at least one block's time alone.
+  const int64_t last = blocks - (waves - 1) * device.sm_count * resident;
+  const double depth = double((waves - 1) * resident + ceil_div(last, device.sm_count));
+  return depth * shape.block_m * shape.block_n / efficiency;
 }
 
 struct Tiling {
-    TileId tile;
-    int64_t tiles_m, tiles_n;
+  TileId tile;
+  int64_t tiles_m, tiles_n;
 };
 
 /// The tile with the least modelled time; the larger tile on equal time.
 inline Tiling cheapest_tiling(int64_t rows, int64_t columns, int64_t repeats, const Device& device) {
-    Tiling best{};
-    double best_cost = std::numeric_limits<double>::infinity();
-    for (int i = 0; i < kTiles; ++i) {
-        const auto tile = static_cast<TileId>(i);
-        const TileShape shape = tile_shape(tile);
-        const int64_t tiles_m = ceil_div(rows, shape.block_m), tiles_n = ceil_div(columns, shape.block_n);
-        const double cost = grid_cost(tile, tiles_m * tiles_n * repeats, device);
-        if (cost < best_cost) {
-            best_cost = cost;
-            best = {tile, tiles_m, tiles_n};
-        }
+  Tiling best{};
+  double best_cost = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < kTiles; ++i) {
+    const auto tile = static_cast<TileId>(i);
+    const TileShape shape = tile_shape(tile);
+    const int64_t tiles_m = ceil_div(rows, shape.block_m), tiles_n = ceil_div(columns, shape.block_n);
+    const double cost = grid_cost(tile, tiles_m * tiles_n * repeats, device);
+    if (cost < best_cost) {
+      best_cost = cost;
+      best = {tile, tiles_m, tiles_n};
     }
-    return best;
+  }
+  return best;
 }
 
 inline const char* tile_reason(TileId tile) {
-    switch (tile) {
-        case TileId::m128n128: return "enough blocks of 128x128 to fill the SMs: least shared-memory traffic per product";
-        case TileId::m256n64: return "64 columns: 256 rows keep 64x64 per warp";
-        case TileId::m64n64: return "few blocks: small tiles spread them over more SMs";
-    }
-    return "";
+  switch (tile) {
+  case TileId::m128n128:
+    return "enough blocks of 128x128 to fill the SMs: least shared-memory traffic per product";
+  case TileId::m256n64:
+    return "64 columns: 256 rows keep 64x64 per warp";
+  case TileId::m64n64:
+    return "few blocks: small tiles spread them over more SMs";
+  }
+  return "";
 }
 
 /// Rows of the product when pixels are taken as 2x2 pools: odd edges are rounded up unless only pools are written.
 inline int64_t pool_rows(const Problem& p, bool pooled_only) {
-    const int64_t pools_h = pooled_only ? p.h / 2 : ceil_div(p.h, 2), pools_w = pooled_only ? p.w / 2 : ceil_div(p.w, 2);
-    return 4 * p.n * pools_h * pools_w;
+  const int64_t pools_h = pooled_only ? p.h / 2 : ceil_div(p.h, 2), pools_w = pooled_only ? p.w / 2 : ceil_div(p.w, 2);
+  return 4 * p.n * pools_h * pools_w;
 }
 
 inline Plan plan_grad_weight(const Problem& p, const Device& device) {
-    // One block column per tap and tile of input channels; the split fills about two waves of two blocks an SM.
-    constexpr int64_t workspace_limit = int64_t{32} << 20, min_blocks_per_split = 8;
-    const bool narrow = std::min(p.c, p.k) <= 64 || p.dtype == DType::tf32;
-    const TileId tile = narrow ? TileId::m64n64 : TileId::m128n128;
-    const TileShape shape = tile_shape(tile);
-    Plan plan{Kernel::implicit_gemm, tile, ceil_div(p.k, shape.block_m), 9 * ceil_div(p.c, shape.block_n)};
-    const int64_t bytes_per_split = (9 * p.c * p.k + p.k) * int64_t{sizeof(float)};
-    const int64_t pixel_blocks = ceil_div(p.n * p.h * p.w, kStageRowBytes / element_bytes(p.dtype));
-    const int64_t wanted = ceil_div(int64_t{4} * device.sm_count, plan.tiles_m * plan.tiles_n);
-    const int64_t useful = std::max<int64_t>(1, pixel_blocks / min_blocks_per_split);
-    const int64_t affordable = std::max<int64_t>(1, workspace_limit / bytes_per_split);
-    plan.splits = static_cast<int>(std::min({wanted, useful, affordable}));
-    plan.workspace_bytes = plan.splits * bytes_per_split;
-    plan.reason = p.dtype == DType::tf32 ? "64x64 tiles: transposed TF32 operands leave no registers for larger ones"
-                  : narrow              ? "64 channels or fewer on one side: 64x64 tiles, split over pixels"
-                                        : "128x128 tiles per tap, split over pixels to fill the SMs";
-    return plan;
+  // One block column per tap and tile of input channels; the split fills about two waves of two blocks an SM.
+  constexpr int64_t workspace_limit = int64_t{32} << 20, min_blocks_per_split = 8;
+  const bool narrow = std::min(p.c, p.k) <= 64 || p.dtype == DType::tf32;
+  const TileId tile = narrow ? TileId::m64n64 : TileId::m128n128;
+  const TileShape shape = tile_shape(tile);
+  Plan plan{Kernel::implicit_gemm, tile, ceil_div(p.k, shape.block_m), 9 * ceil_div(p.c, shape.block_n)};
+  const int64_t bytes_per_split = (9 * p.c * p.k + p.k) * int64_t{sizeof(float)};
+  const int64_t pixel_blocks = ceil_div(p.n * p.h * p.w, kStageRowBytes / element_bytes(p.dtype));
+  const int64_t wanted = ceil_div(int64_t{4} * device.sm_count, plan.tiles_m * plan.tiles_n);
+  const int64_t useful = std::max<int64_t>(1, pixel_blocks / min_blocks_per_split);
+  const int64_t affordable = std::max<int64_t>(1, workspace_limit / bytes_per_split);
+  plan.splits = static_cast<int>(std::min({wanted, useful, affordable}));
+  plan.workspace_bytes = plan.splits * bytes_per_split;
+  plan.reason = p.dtype == DType::tf32 ? "64x64 tiles: transposed TF32 operands leave no registers for larger ones"
+                : narrow               ? "64 channels or fewer on one side: 64x64 tiles, split over pixels"
+                                       : "128x128 tiles per tap, split over pixels to fill the SMs";
+  return plan;
 }
 
-}  // namespace plan_detail
+} // namespace plan_detail
 
 /// The plan of one pass. Pure: the same problem and device always give the same value.
 inline Plan choose_plan(Pass pass, const Problem& p, const Device& device) {
-    using namespace plan_detail;
-    Plan plan;
-    if (const char* reason = unsupported(p, device)) {
-        plan.reason = reason;
-        return plan;
+  using namespace plan_detail;
+  Plan plan;
+  if (const char* reason = unsupported(p, device)) {
+    plan.reason = reason;
+    return plan;
+  }
+  if (p.c % (16 / element_bytes(p.dtype)) != 0) {
+    if (pass == Pass::forward && p.c <= 3) {
+      constexpr int rows = 64, columns = 64;
+      return {Kernel::first_layer,
+              TileId::m64n64,
+              ceil_div(pool_rows(p, p.pool), rows),
+              ceil_div(p.k, columns),
+              1,
+              0,
+              "3 input channels or fewer: the whole reduction is one step, read from any strides"};
     }
-    if (p.c % (16 / element_bytes(p.dtype)) != 0) {
-        if (pass == Pass::forward && p.c <= 3) {
-            constexpr int rows = 64, columns = 64;
-            return {Kernel::first_layer, TileId::m64n64, ceil_div(pool_rows(p, p.pool), rows), ceil_div(p.k, columns), 1, 0,
-                    "3 input channels or fewer: the whole reduction is one step, read from any strides"};
-        }
-        plan.reason = "input channels are not a multiple of 16 bytes";
-        return plan;
-    }
-    if (pass == Pass::grad_weight) {
-        return plan_grad_weight(p, device);
-    }
-    const bool backward = pass == Pass::grad_input;
-    const Tiling tiling = cheapest_tiling(pool_rows(p, p.pool && !backward), backward ? p.c : p.k, 1, device);
-    return {Kernel::implicit_gemm, tiling.tile, tiling.tiles_m, tiling.tiles_n, 1, 0, tile_reason(tiling.tile)};
+    plan.reason = "input channels are not a multiple of 16 bytes";
+    return plan;
+  }
+  if (pass == Pass::grad_weight) {
+    return plan_grad_weight(p, device);
+  }
+  const bool backward = pass == Pass::grad_input;
+  const Tiling tiling = cheapest_tiling(pool_rows(p, p.pool && !backward), backward ? p.c : p.k, 1, device);
+  return {Kernel::implicit_gemm, tiling.tile, tiling.tiles_m, tiling.tiles_n, 1, 0, tile_reason(tiling.tile)};
 }
 
-}  // namespace vggfast::cuda
+} // namespace vggfast::cuda

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import pathlib
 import subprocess
 
@@ -14,12 +15,12 @@ import torch
 
 HERE = pathlib.Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-RUNTIME_SOURCES = ("memory", "machine", "warp", "hooks")
+RUNTIME_SOURCES = ("memory", "machine", "warp", "hooks", "device")
 KERNEL_SOURCES = ("forward", "first_layer", "grad_input", "grad_weight", "pointwise")
 RUNTIME_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
-# -fsanitize=thread only for its calls before every access: the emulator defines them (hooks.cpp) and links no runtime.
+# The sanitizers only for their calls around every access: the emulator defines them (hooks.cpp) and links no runtime.
 KERNEL_FLAGS = (
-    *("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fsanitize=thread"),
+    *("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fsanitize=thread,alignment"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
 )
 
@@ -87,16 +88,18 @@ def compile_object(source: pathlib.Path, target: pathlib.Path, csrc: pathlib.Pat
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
-def build_runtime(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Objects of the emulator itself and its C interface, which no kernel source changes."""
-    sources = [HERE / f"{name}.cpp" for name in (*RUNTIME_SOURCES, "driver")]
+def build_runtime(folder: pathlib.Path, *, interface: bool = True) -> list[pathlib.Path]:
+    """Objects of the emulator itself and, with ``interface``, of the C interface to the project's kernels."""
+    sources = [HERE / f"{name}.cpp" for name in (*RUNTIME_SOURCES, *(("driver",) if interface else ()))]
     for source in sources:
         compile_object(source, folder / f"{source.stem}.o", CSRC, RUNTIME_FLAGS)
     return [folder / f"{source.stem}.o" for source in sources]
 
 
-def link(objects: list[pathlib.Path], library: pathlib.Path) -> Emulator:
-    command = ["g++", "-shared", "-o", str(library), *map(str, objects), "-Wl,-z,defs"]
+def link(objects: list[pathlib.Path], library: pathlib.Path, *, only_some_kernels: bool = False) -> Emulator:
+    """The library of ``objects``; kernels that are left out may not be called."""
+    complete = () if only_some_kernels else ("-Wl,-z,defs",)
+    command = ["g++", "-shared", "-o", str(library), *map(str, objects), "-Wl,-z,lazy", *complete]
     subprocess.run(command, check=True)
     return Emulator(library)
 
@@ -149,9 +152,8 @@ class Emulator:
     """One built library. ``seed`` changes the order in which blocks and threads run."""
 
     def __init__(self, library: pathlib.Path) -> None:
-        self.library = ctypes.CDLL(str(library))
+        self.library = ctypes.CDLL(str(library), mode=os.RTLD_LAZY)
         self.library.emu_allocate.restype = ctypes.c_void_p
-        self.library.emu_plan_text.restype = ctypes.c_char_p
         self.library.emu_uninitialised.restype = ctypes.c_size_t
 
     def plan(self, step: str, problem: Problem, device: tuple[int, int] = H100) -> Plan:
@@ -161,7 +163,9 @@ class Emulator:
         return plan
 
     def plan_text(self, plan: Plan) -> str:
-        return self.library.emu_plan_text(ctypes.byref(plan)).decode()
+        function = self.library.emu_plan_text
+        function.restype = ctypes.c_char_p
+        return function(ctypes.byref(plan)).decode()
 
     def retile(self, plan: Plan, tile: str, rows: int, columns: int) -> Plan:
         """The same plan on another tile."""
@@ -172,26 +176,31 @@ class Emulator:
     def reset(self, seed: int) -> None:
         self.library.emu_reset(ctypes.c_uint64(seed))
 
-    def upload(self, tensor: torch.Tensor | None) -> int | None:
+    def allocate(self, count: int, dtype: torch.dtype, *, read_only: bool = False) -> int:
+        """Address of ``count`` elements: outputs are poisoned, inputs (``read_only``) are zero until uploaded to."""
+        address = self.library.emu_allocate(ctypes.c_size_t(count * dtype.itemsize), int(read_only))
+        assert address is not None, f"the emulated device is full: {count} elements of {dtype} do not fit"
+        return address
+
+    def upload(self, tensor: torch.Tensor | None, address: int | None = None) -> int | None:
+        """Copies to ``address``, or to a new input."""
         if tensor is None:
             return None
         tensor = tensor.contiguous()
+        if address is None:
+            address = self.allocate(tensor.numel(), tensor.dtype, read_only=True)
         size = ctypes.c_size_t(tensor.numel() * tensor.element_size())
-        address = self.library.emu_allocate(size, 1)
-        self.library.emu_upload(ctypes.c_void_p(address), ctypes.c_void_p(tensor.data_ptr()), size)
+        self.library.emu_copy(ctypes.c_void_p(address), ctypes.c_void_p(tensor.data_ptr()), size)
         return address
-
-    def allocate(self, count: int, dtype: torch.dtype) -> int:
-        return self.library.emu_allocate(ctypes.c_size_t(count * dtype.itemsize), 0)
 
     def download(self, address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The tensor at ``address``; every byte of it must have been written."""
         tensor = torch.empty(shape, dtype=dtype)
-        missing = self.library.emu_uninitialised(ctypes.c_void_p(address))
+        size = ctypes.c_size_t(tensor.numel() * tensor.element_size())
+        missing = self.library.emu_uninitialised(ctypes.c_void_p(address), size)
         if missing:
             raise EmulatorError(f"{missing} bytes of an output were never written")
-        size = ctypes.c_size_t(tensor.numel() * tensor.element_size())
-        self.library.emu_download(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_void_p(address), size)
+        self.library.emu_copy(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_void_p(address), size)
         return tensor
 
     def call(self, name: str, *arguments: ctypes.Structure) -> None:

@@ -106,7 +106,9 @@ def convolution_gradients(
     tensors = [tensor.to(dtype).permute(0, 3, 1, 2) for tensor in (grad, x, weight)]
     wanted = [True, True, True]
     one = [1, 1]
-    gradients = torch.ops.aten.convolution_backward(*tensors, [weight.shape[0]], one, one, one, False, [0, 0], 1, wanted)
+    gradients = torch.ops.aten.convolution_backward(
+        *tensors, [weight.shape[0]], one, one, one, False, [0, 0], 1, wanted
+    )
     return gradients[0].permute(0, 2, 3, 1), gradients[1].permute(0, 2, 3, 1), gradients[2]
 
 

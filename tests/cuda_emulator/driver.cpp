@@ -4,7 +4,6 @@
 #include <string>
 
 #include "cuda/sm80/launch.h"
-#include "machine.h"
 
 namespace {
 
@@ -14,58 +13,45 @@ std::string message;
 
 template <class Function>
 const char* guarded(Function&& function) {
-    try {
-        function();
-        return nullptr;
-    } catch (const std::exception& error) {
-        message = error.what();
-        return message.c_str();
-    }
+  try {
+    function();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
 }
 
-}  // namespace
+} // namespace
 
 extern "C" {
 
-void emu_reset(uint64_t seed) {
-    auto& machine = emulator::Machine::get();
-    machine.global.release_all();
-    machine.seed = seed;
-    machine.statistics = {};
-}
-
-void* emu_allocate(size_t bytes, int read_only) { return emulator::Machine::get().global.allocate(bytes, read_only != 0); }
-void emu_upload(void* to, const void* from, size_t bytes) { emulator::Machine::get().global.upload(to, from, bytes); }
-void emu_download(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
-size_t emu_uninitialised(const void* of) { return emulator::Machine::get().global.uninitialised_bytes(of); }
-void emu_statistics(emulator::Statistics* to) { *to = emulator::statistics(); }
-
 void emu_plan(int pass, const Problem* problem, const Device* device, Plan* plan) {
-    *plan = choose_plan(static_cast<Pass>(pass), *problem, *device);
+  *plan = choose_plan(static_cast<Pass>(pass), *problem, *device);
 }
 const char* emu_plan_text(const Plan* plan) {
-    std::ostringstream text;
-    text << *plan;
-    message = text.str();
-    return message.c_str();
+  std::ostringstream text;
+  text << *plan;
+  message = text.str();
+  return message.c_str();
 }
 
 const char* emu_forward(const Problem* problem, const Plan* plan, const ForwardPointers* pointers) {
-    return guarded([&] {
-        plan->kernel == Kernel::first_layer ? sm80::first_layer(*problem, *plan, *pointers, nullptr)
-                                            : sm80::forward(*problem, *plan, *pointers, nullptr);
-    });
+  return guarded([&] {
+    plan->kernel == Kernel::first_layer ? sm80::first_layer(*problem, *plan, *pointers, nullptr)
+                                        : sm80::forward(*problem, *plan, *pointers, nullptr);
+  });
 }
 const char* emu_grad_input(const Problem* problem, const Plan* plan, const GradInputPointers* pointers) {
-    return guarded([&] { sm80::grad_input(*problem, *plan, *pointers, nullptr); });
+  return guarded([&] { sm80::grad_input(*problem, *plan, *pointers, nullptr); });
 }
 const char* emu_grad_weight(const Problem* problem, const Plan* plan, const GradWeightPointers* pointers) {
-    return guarded([&] { sm80::grad_weight(*problem, *plan, *pointers, nullptr); });
+  return guarded([&] { sm80::grad_weight(*problem, *plan, *pointers, nullptr); });
 }
 const char* emu_max_pool2x2(const Problem* problem, const PoolPointers* pointers) {
-    return guarded([&] { sm80::max_pool2x2(*problem, *pointers, nullptr); });
+  return guarded([&] { sm80::max_pool2x2(*problem, *pointers, nullptr); });
 }
 const char* emu_grad_preact(const Problem* problem, const GradPreactPointers* pointers) {
-    return guarded([&] { sm80::grad_preact(*problem, *pointers, nullptr); });
+  return guarded([&] { sm80::grad_preact(*problem, *pointers, nullptr); });
 }
 }

@@ -76,7 +76,9 @@ def test_first_layer_has_no_backward_kernel(emulator: Emulator) -> None:
 
 
 def test_fp32_counts_channels_in_fours(emulator: Emulator) -> None:
-    plans = [emulator.plan("forward", Case(1, 8, 8, 12, 20, dtype).problem) for dtype in (torch.float32, torch.bfloat16)]
+    plans = [
+        emulator.plan("forward", Case(1, 8, 8, 12, 20, dtype).problem) for dtype in (torch.float32, torch.bfloat16)
+    ]
     assert [KERNELS[plan.kernel] for plan in plans] == ["implicit_gemm", "aten"]
 
 
@@ -86,4 +88,6 @@ def test_plans_print_and_repeat(emulator: Emulator) -> None:
     assert len(texts) == 1
     text = texts.pop()
     assert text.startswith("implicit_gemm tile=m128n128 grid=196x2x1 workspace=0: ")
-    assert emulator.plan_text(emulator.plan("grad_weight", problem, TINY_GPU)).startswith("implicit_gemm tile=m128n128 grid=2x9x")
+    assert emulator.plan_text(emulator.plan("grad_weight", problem, TINY_GPU)).startswith(
+        "implicit_gemm tile=m128n128 grid=2x9x"
+    )

@@ -65,9 +65,11 @@ def test_nan_goes_through_relu_and_pool(emulator: Emulator, dtype: torch.dtype, 
     y, argmax = emulator.forward(case, x, weight, None)
     unpooled = emulator.forward(dataclasses.replace(case, pool=False), x, weight, None)[0]
     expected = convolve(x, weight, None, relu, torch.float32)
-    assert torch.equal(unpooled.nan_to_num(9), expected.to(dtype).nan_to_num(9)) and int(unpooled.isnan().sum()) == 9 * 8
+    assert torch.equal(unpooled.nan_to_num(9), expected.to(dtype).nan_to_num(9))
+    assert int(unpooled.isnan().sum()) == 9 * 8
     values, position = pool_in_torch_order(unpooled)
-    assert torch.equal(y.nan_to_num(9), values.nan_to_num(9)) and int(y.isnan().sum()) == 4 * 8
+    assert torch.equal(y.nan_to_num(9), values.nan_to_num(9))
+    assert int(y.isnan().sum()) == 4 * 8
     assert torch.equal(argmax, pack_argmax(position))
 
 
@@ -78,7 +80,8 @@ def test_float16_overflow_becomes_infinity(emulator: Emulator) -> None:
     weight[:4, 1, 1] = 1
     weight[4:, 1, 1] = -1
     y = emulator.forward(case, x, weight, None)[0]
-    assert bool((y[..., :4] == torch.inf).all()) and bool((y[..., 4:] == -torch.inf).all())
+    assert bool((y[..., :4] == torch.inf).all())
+    assert bool((y[..., 4:] == -torch.inf).all())
 
 
 def test_padding_is_zero_even_next_to_infinity(emulator: Emulator) -> None:
@@ -87,7 +90,8 @@ def test_padding_is_zero_even_next_to_infinity(emulator: Emulator) -> None:
     x = torch.ones(2, 3, 3, 8, dtype=torch.bfloat16)
     x[1] = torch.inf
     y = emulator.forward(case, x, torch.ones(8, 3, 3, 8, dtype=torch.bfloat16), None)[0]
-    assert bool(y[0].isfinite().all()) and float(y[0, 0, 0, 0]) == 32.0
+    assert bool(y[0].isfinite().all())
+    assert float(y[0, 0, 0, 0]) == 32.0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -110,7 +114,8 @@ def test_nothing_but_y_is_written_without_argmax(emulator: Emulator, tile: str, 
     x, weight, bias = make_inputs(case)
     with_argmax = emulator.forward(case, x, weight, bias, tile=tile)[0]
     without, nothing = emulator.forward(case, x, weight, bias, tile=tile, argmax=False)
-    assert nothing is None and torch.equal(with_argmax, without)
+    assert nothing is None
+    assert torch.equal(with_argmax, without)
 
 
 def test_results_do_not_depend_on_the_schedule(emulator: Emulator) -> None:
@@ -119,7 +124,8 @@ def test_results_do_not_depend_on_the_schedule(emulator: Emulator) -> None:
     first = emulator.forward(case, x, weight, bias, tile="m64n64")
     for seed in (2, 3, 4):
         again = emulator.forward(case, x, weight, bias, tile="m64n64", seed=seed)
-        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_name)
@@ -130,7 +136,8 @@ def test_ldmatrix_has_no_bank_conflicts(emulator: Emulator, tile: str, dtype: to
     saved = make_saved(case)
     emulator.forward(case, x, weight, bias, tile=tile)
     statistics = emulator.statistics()
-    assert statistics.ldmatrix > 0 and statistics.ldmatrix_conflicts == 0
+    assert statistics.ldmatrix > 0
+    assert statistics.ldmatrix_conflicts == 0
     emulator.grad_input(case, saved, weight, tile=tile)
     assert emulator.statistics().ldmatrix_conflicts == 0
     if tile != "m256n64":

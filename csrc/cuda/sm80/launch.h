@@ -23,4 +23,4 @@ void max_pool2x2(const Problem& problem, const PoolPointers& pointers, cudaStrea
 /// on it is the backward pass of max_pool2x2 over [N, H, W, K].
 void grad_preact(const Problem& problem, const GradPreactPointers& pointers, cudaStream_t stream);
 
-}  // namespace vggfast::cuda::sm80
+} // namespace vggfast::cuda::sm80

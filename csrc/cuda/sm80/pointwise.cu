@@ -5,19 +5,25 @@
 namespace vggfast::cuda::sm80 {
 
 void max_pool2x2(const Problem& problem, const PoolPointers& pointers, cudaStream_t stream) {
-    switch (problem.dtype) {
-        case DType::bf16: return launch_max_pool2x2<BFloat16>(problem, pointers, stream);
-        case DType::fp16: return launch_max_pool2x2<Float16>(problem, pointers, stream);
-        case DType::tf32: return launch_max_pool2x2<TFloat32>(problem, pointers, stream);
-    }
+  switch (problem.dtype) {
+  case DType::bf16:
+    return launch_max_pool2x2<BFloat16>(problem, pointers, stream);
+  case DType::fp16:
+    return launch_max_pool2x2<Float16>(problem, pointers, stream);
+  case DType::tf32:
+    return launch_max_pool2x2<TFloat32>(problem, pointers, stream);
+  }
 }
 
 void grad_preact(const Problem& problem, const GradPreactPointers& pointers, cudaStream_t stream) {
-    switch (problem.dtype) {
-        case DType::bf16: return launch_grad_preact<BFloat16>(problem, pointers, stream);
-        case DType::fp16: return launch_grad_preact<Float16>(problem, pointers, stream);
-        case DType::tf32: return launch_grad_preact<TFloat32>(problem, pointers, stream);
-    }
+  switch (problem.dtype) {
+  case DType::bf16:
+    return launch_grad_preact<BFloat16>(problem, pointers, stream);
+  case DType::fp16:
+    return launch_grad_preact<Float16>(problem, pointers, stream);
+  case DType::tf32:
+    return launch_grad_preact<TFloat32>(problem, pointers, stream);
+  }
 }
 
-}  // namespace vggfast::cuda::sm80
+} // namespace vggfast::cuda::sm80

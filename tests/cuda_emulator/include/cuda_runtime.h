@@ -18,96 +18,108 @@
 #define __grid_constant__
 
 struct uint2 {
-    unsigned x, y;
+  unsigned x, y;
 } __attribute__((aligned(8)));
 struct uint4 {
-    unsigned x, y, z, w;
+  unsigned x, y, z, w;
 } __attribute__((aligned(16)));
 struct float2 {
-    float x, y;
+  float x, y;
 } __attribute__((aligned(8)));
 struct float4 {
-    float x, y, z, w;
+  float x, y, z, w;
 } __attribute__((aligned(16)));
 
 using emulator::dim3;
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
+inline float2 make_float2(float x, float y) {
+  return {x, y};
+}
 
 /// threadIdx.x and its like: objects without memory that ask the emulator.
-template <dim3 (*kGet)(), unsigned dim3::* kMember>
+template <dim3 (*kGet)(), unsigned dim3::*kMember>
 struct BuiltinCoordinate {
-    operator unsigned() const { return kGet().*kMember; }
+  operator unsigned() const { return kGet().*kMember; }
 };
 template <dim3 (*kGet)()>
 struct BuiltinIndex {
-    BuiltinCoordinate<kGet, &dim3::x> x;
-    BuiltinCoordinate<kGet, &dim3::y> y;
-    BuiltinCoordinate<kGet, &dim3::z> z;
+  BuiltinCoordinate<kGet, &dim3::x> x;
+  BuiltinCoordinate<kGet, &dim3::y> y;
+  BuiltinCoordinate<kGet, &dim3::z> z;
 };
 inline constexpr BuiltinIndex<emulator::thread_index> threadIdx{};
 inline constexpr BuiltinIndex<emulator::block_index> blockIdx{};
 inline constexpr BuiltinIndex<emulator::block_dim> blockDim{};
 inline constexpr BuiltinIndex<emulator::grid_dim> gridDim{};
 
-inline void __syncthreads() { emulator::block_barrier(); }
+inline void __syncthreads() {
+  emulator::block_barrier();
+}
 inline float __shfl_xor_sync(unsigned mask, float value, int lane_mask) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    bits = emulator::shuffle_xor(mask, bits, lane_mask);
-    std::memcpy(&value, &bits, 4);
-    return value;
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = emulator::shuffle_xor(mask, bits, lane_mask);
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
 inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t value, int lane_mask) {
-    return emulator::shuffle_xor(mask, value, lane_mask);
+  return emulator::shuffle_xor(mask, value, lane_mask);
 }
-inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+}
 inline float __uint_as_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
 inline uint32_t __float_as_uint(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
 }
 template <class T>
 inline T min(T a, T b) {
-    return b < a ? b : a;
+  return b < a ? b : a;
 }
 template <class T>
 inline T max(T a, T b) {
-    return a < b ? b : a;
+  return a < b ? b : a;
 }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct cudaLaunchConfig_t {
-    dim3 gridDim, blockDim;
-    size_t dynamicSmemBytes;
-    cudaStream_t stream;
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
 };
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-    return emulator::allow_shared(reinterpret_cast<void*>(kernel), bytes) ? cudaSuccess : cudaErrorInvalidValue;
+  return emulator::allow_shared(reinterpret_cast<void*>(kernel), bytes) ? cudaSuccess : cudaErrorInvalidValue;
 }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
 /// A failed emulation is reported by the launch itself, with what the emulator saw.
-inline const char* cudaGetErrorString(cudaError_t) { return emulator::failure(); }
+inline const char* cudaGetErrorString(cudaError_t) {
+  return emulator::failure();
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-    struct Call {
-        void (*kernel)(Parameters...);
-        std::tuple<Parameters...> parameters;
-        static void run(const void* self) {
-            std::apply(static_cast<const Call*>(self)->kernel, static_cast<const Call*>(self)->parameters);
-        }
-    } call{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
-    const emulator::Launch launch{config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                                  reinterpret_cast<void*>(kernel), &Call::run, &call, sizeof call};
-    return emulator::run(launch) ? cudaSuccess : cudaErrorLaunchFailure;
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> parameters;
+    static void run(const void* self) {
+      std::apply(static_cast<const Call*>(self)->kernel, static_cast<const Call*>(self)->parameters);
+    }
+  } call{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
+  const emulator::Launch launch{
+      config->gridDim, config->blockDim, config->dynamicSmemBytes, reinterpret_cast<void*>(kernel), &Call::run, &call, sizeof call};
+  return emulator::run(launch) ? cudaSuccess : cudaErrorLaunchFailure;
 }

@@ -7,19 +7,19 @@
 namespace emulator {
 
 struct dim3 {
-    unsigned x = 1, y = 1, z = 1;
-    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
 // ---- For the shim of the CUDA runtime.
 
 struct Launch {
-    dim3 grid, block;
-    size_t shared_bytes;
-    void* kernel;
-    void (*call)(const void* closure);
-    const void* closure;
-    size_t closure_bytes;
+  dim3 grid, block;
+  size_t shared_bytes;
+  void* kernel;
+  void (*call)(const void* closure);
+  const void* closure;
+  size_t closure_bytes;
 };
 
 /// Runs the grid. False when a thread did something that a GPU would not survive, or could survive by luck only.
@@ -49,8 +49,8 @@ void mma(MmaType type, float* d, const uint32_t* a, uint32_t b0, uint32_t b1);
 // ---- For the tests.
 
 struct Statistics {
-    uint64_t mma, ldmatrix, ldmatrix_conflicts, cp_async, barriers, accesses;
+  uint64_t mma, ldmatrix, ldmatrix_conflicts, cp_async, barriers, accesses;
 };
 Statistics statistics();
 
-}  // namespace emulator
+} // namespace emulator
