@@ -28,7 +28,9 @@ CUDA_ARCHS = "8.0+PTX;9.0"
 def toolkit(nvcc: Path) -> Path:
     """The folder of include and lib, which nvcc knows: what is on PATH may be a script that calls the compiler."""
     told = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=True)
-    return Path(next(line for line in told.stderr.splitlines() if line.startswith("#$ TOP=")).removeprefix("#$ TOP=")).resolve()
+    return Path(
+        next(line for line in told.stderr.splitlines() if line.startswith("#$ TOP=")).removeprefix("#$ TOP=")
+    ).resolve()
 
 
 def find_nvcc() -> Path | None:
@@ -96,7 +98,15 @@ def compile_flags(nvcc: Path | None) -> list[str]:
 def nvcc_flags() -> list[str]:
     host = "-fPIC,-fvisibility=hidden,-Wall"
     extra = os.environ.get("NVCC_FLAGS", "").split()
-    return ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-Xcompiler={host}", f"-I{ROOT / 'csrc'}", *gencode_flags(), *extra]
+    return [
+        "-std=c++17",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        f"-Xcompiler={host}",
+        f"-I{ROOT / 'csrc'}",
+        *gencode_flags(),
+        *extra,
+    ]
 
 
 def link_flags(nvcc: Path | None) -> list[str]:
@@ -106,7 +116,11 @@ def link_flags(nvcc: Path | None) -> list[str]:
     libraries = ["-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-Wl,--as-needed"]
     if nvcc:  # CUDA's runtime goes in statically: a machine without a GPU need not have it
         root = toolkit(nvcc)
-        folders = [f"-L{folder}" for folder in (root / "lib", root / "lib64", root / "targets/x86_64-linux/lib") if folder.is_dir()]
+        folders = [
+            f"-L{folder}"
+            for folder in (root / "lib", root / "lib64", root / "targets/x86_64-linux/lib")
+            if folder.is_dir()
+        ]
         libraries += [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     return ["-shared", *os.environ.get("LDFLAGS", "").split(), *[f"-L{path}" for path in library_paths()], *libraries]
 

@@ -1,0 +1,34 @@
+"""What every test may rely on: global switches are as they were, and the layer table of ``benchmarks`` can be imported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from vggfast import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(autouse=True)
+def _restore_switches() -> Iterator[None]:
+    """Instruction set, algorithm, thread count, gradient mode, denormals and poisoning are restored whatever a test does."""
+    isa, algo, threads = _C.cpu_isa(), _C.conv_algo(), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    _C.set_cpu_isa(isa)
+    _C.set_conv_algo(algo)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_flush_denormal(False)
+    torch.set_grad_enabled(True)
+
+
+def pytest_report_header() -> str:
+    return f"vggfast: instruction sets {', '.join(_C.cpu_isas())}; torch {torch.__version__}"
