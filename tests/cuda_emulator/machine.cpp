@@ -74,18 +74,20 @@ std::string source_line(const void* code) {
   }
   // A return address belongs to the line after the call.
   const auto offset = reinterpret_cast<uintptr_t>(code) - reinterpret_cast<uintptr_t>(where.dli_fbase) - 1;
-  text << "addr2line -e '" << where.dli_fname << "' 0x" << std::hex << offset << " 2>/dev/null";
-  char line[512] = "";
+  text << "addr2line -i -e '" << where.dli_fname << "' 0x" << std::hex << offset << " 2>/dev/null";
+  std::string innermost;
   if (FILE* pipe = popen(text.str().c_str(), "r")) {
-    if (std::fgets(line, sizeof line, pipe) != nullptr) {
-      line[std::strcspn(line, "\n")] = 0;
+    // One line per inlined caller, innermost first: the kernel's own line is the first that is not of a PTX twin.
+    char line[512];
+    while (std::fgets(line, sizeof line, pipe) != nullptr) {
+      line[std::strcspn(line, " \n")] = 0;
+      const char* csrc = std::strstr(line, "csrc/");
+      if (innermost.empty() || csrc != nullptr) innermost = csrc != nullptr ? csrc : line;
+      if (csrc != nullptr) break;
     }
     pclose(pipe);
   }
-  if (line[0] != 0 && line[0] != '?') {
-    const char* csrc = std::strstr(line, "csrc/");
-    return csrc != nullptr ? csrc : line;
-  }
+  if (!innermost.empty() && innermost[0] != '?') return innermost;
   std::ostringstream address;
   address << "offset 0x" << std::hex << offset;
   return address.str();
