@@ -171,8 +171,10 @@ def _layout_after(run: Run, x: Tensor, layout: bool | None) -> bool:
 
     ATen's convolutions return channels_last where input or weight suggest it, its pooling where the input does.
     """
-    _, _, h, w = x.shape
-    suggested = _suggests_channels_last(x) if layout is None else layout and not x.shape[1] == h == w == 1
+    n, c, h, w = x.shape
+    suggested = _suggests_channels_last(x) if layout is None else layout
+    if c == h == w == 1 and (layout is not None or n > 1):
+        suggested = False  # ATen asks once more after making x dense, and the dense strides are those of both formats
     if run.weight is None:
         return suggested
     result = suggested or _suggests_channels_last(run.weight)
@@ -210,15 +212,15 @@ def operands(run: Run) -> tuple[Tensor, Tensor | None]:
 def _fold(bn: nn.BatchNorm2d, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that does `bn` after a convolution with `weight` [C_out, C_in, 3, 3], `bias`.
 
-    Computed in float32 and rounded once. Differentiable in all four parameters, not in the statistics, as in torch.
+    Computed in float32 and rounded once. Differentiable in weight, bias, gamma and beta.
     """
     mean, var = bn.running_mean, bn.running_var
     assert mean is not None  # see _fold_obstacle
     assert var is not None
-    scale = torch.rsqrt(var.detach().float() + bn.eps)
+    scale = torch.rsqrt(var.float() + bn.eps)
     if bn.weight is not None:
         scale = scale * bn.weight.float()
-    shift = -mean.detach().float() if bias is None else bias.float() - mean.detach().float()
+    shift = -mean.float() if bias is None else bias.float() - mean.float()
     shift = shift * scale
     if bn.bias is not None:
         shift = shift + bn.bias.float()
@@ -323,6 +325,8 @@ def _operand_obstacle(weight: Tensor, bias: Tensor | None, x: Tensor) -> str:
 def _fold_obstacle(bn: nn.BatchNorm2d, weight: Tensor) -> str:
     if bn.training or bn.running_mean is None or bn.running_var is None:
         return "BatchNorm uses the batch's statistics"
+    if bn.running_mean.requires_grad or bn.running_var.requires_grad:
+        return "BatchNorm's statistics require gradients"
     for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias):
         if t is None:
             continue
