@@ -1,7 +1,9 @@
 """`python -m vggfast info | explain | train`: what they print, and how they say no."""
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from rich.text import Text
 from safetensors.torch import load_file
 from test_train import tiny_model
 from typer.testing import CliRunner, Result
@@ -17,6 +21,7 @@ from typer.testing import CliRunner, Result
 import vggfast.models
 from vggfast import _C, cli
 from vggfast.recipes import train as training
+from vggfast.recipes.progress import ProgressBar
 
 ROOT = Path(__file__).parents[1]
 
@@ -162,6 +167,16 @@ def test_train_reports_and_resumes(tiny, tmp_path):
     assert "resumed after epoch 1, step 0" in resumed.stdout
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "whole"))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_train_shows_its_progress_on_a_terminal(tmp_path):
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=120)
+    config = training.TrainConfig.recipe("fake", output=str(tmp_path), epochs=2, limit=64, batch_size=32)
+    with ProgressBar(console) as bar:
+        training.fit(config, model=tiny_model(3), listener=bar)
+    frames = Text.from_ansi(terminal.getvalue()).plain
+    assert re.search(r"epoch 2/2 ━+ +100 % +loss \d\.\d{4} +\d+ images/s +left 0:00:\d\d", frames)
 
 
 def test_train_says_no_in_one_message(tiny, tmp_path):

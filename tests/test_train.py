@@ -397,6 +397,20 @@ def test_a_folder_is_read_the_same_by_workers_and_from_the_middle(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)  # data never draw from the generator that dropout uses
 
 
+def test_a_model_trains_on_a_folder_and_resumes(tmp_path):
+    pytest.importorskip("torchvision")
+    write_images(tmp_path / "data", {"train/cat": 6, "train/dog": 5, "val/cat": 2, "val/dog": 1})
+    settings = {"size": 32, "epochs": 2, "batch_size": 4, "save_every": 1, "workers": 1}
+
+    def run(name: str, **options) -> Result:
+        config = TrainConfig.recipe(str(tmp_path / "data"), output=str(tmp_path / name), **settings)
+        return fit(config, model=tiny_model(3), **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("half", listener=StopAt(1, 2))
+    assert_same_weights(run("whole").weights, run("half", resume=True).weights)
+
+
 def test_a_folder_without_train_is_split(tmp_path):
     pytest.importorskip("torchvision")
     write_images(tmp_path, {"cat": 10, "dog": 5})
