@@ -246,6 +246,15 @@ def test_killed_at_any_moment_it_loses_an_epoch_at_most(tmp_path, script):
     assert len(list((tmp_path / "killed").iterdir())) == 4  # half-written leftovers are gone
 
 
+def test_what_is_said_comes_before_the_recipe():
+    assert TrainConfig.recipe("digits") == TrainConfig()
+    plain = TrainConfig.recipe("digits", model="vgg11", epochs=3)
+    assert plain.lr > TrainConfig().lr  # a network without BatchNorm needs it
+    assert plain.epochs == 3
+    assert TrainConfig.recipe("photos/cats/").output == "runs/cats"
+    assert TrainConfig.recipe("photos", size=64, output="x").size == 64
+
+
 def test_resumed_settings_are_those_of_the_run(tmp_path):
     tiny_fit(tmp_path, lr=0.03, seed=7)
     config = TrainConfig.resumed(str(tmp_path), threads=2)
