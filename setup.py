@@ -80,7 +80,7 @@ def compile_flags(nvcc: Path | None) -> list[str]:
     import pybind11
     from torch.utils.cpp_extension import include_paths
 
-    system = [*include_paths(), pybind11.get_include(), sysconfig.get_paths()["include"]]
+    system = [pybind11.get_include(), *include_paths(), sysconfig.get_paths()["include"]]
     cuda = ["-DVGGFAST_CUDA", "-DUSE_CUDA", f"-isystem {toolkit(nvcc) / 'include'}"] if nvcc else []
     return [
         *["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-unknown-pragmas"],

@@ -26,7 +26,7 @@ class OnDevice {
 public:
   explicit OnDevice(const Tensor& t) : index_(t.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_create_cuda_guard && aoti_torch_get_current_cuda_stream, "vggfast: this torch has no CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index_, &guard_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index_, &guard_));
   }
   ~OnDevice() { aoti_torch_delete_cuda_guard(guard_); }
   OnDevice(const OnDevice&) = delete;
@@ -34,7 +34,7 @@ public:
 
   cudaStream_t stream() const {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return static_cast<cudaStream_t>(stream);
   }
   Device device() const {
