@@ -6,13 +6,14 @@ How an error is judged
 
     * ``store``: a result rounded once to a dtype of unit roundoff u is off by up to u times itself (2^-24, 2^-8, 2^-11), and in
       fp16 by up to 2^-25 where it is subnormal.
-    * ``arithmetic``: the fp32 sum of n products. One chain of n fused multiply-adds collects rounding errors as a random walk does:
-      about 0.41 sqrt(n) u of the result's root mean square, taken as 0.5 sqrt(n) u, and as four times that on
-      the baseline: without fused multiply-adds every product is rounded too, equal ones (expanded operands) all in one direction. Winograd has the bound of 5e-6 instead. Both are
-      relative to the result's norm or to its ``scale``, whichever is larger: the square root of the same linear map applied to the
-      squared operands is the norm that the result has on average over the operands' signs, so that a result which happens to
-      cancel does not tighten the bound. Winograd's errors come from all nine taps wherever a tile touches the image, also from those
-      that only meet padding, so its scale takes the mean over the taps.
+    * ``arithmetic``: the fp32 sum of n products. One chain of n multiply-adds collects rounding errors as a random walk does: about
+      0.41 sqrt(n) u of the result's root mean square, taken as 0.5 sqrt(n) u. Winograd has the bound of 5e-6 instead. Both are
+      relative to ``scale``, the square root of the same linear map applied to the squared operands: the norm that the result has on
+      average over the operands' signs, so that a result which happens to cancel does not tighten the bound. A result larger than
+      that comes from products that add up, as those of expanded operands do: its partial sums grow in proportion to their number,
+      and rounding errors of equal terms share a direction, so the walk is no longer random; the bound then grows with
+      (norm / scale)^2, which turns sqrt(n) into n where all products are equal. Winograd's errors come from all nine taps wherever
+      a tile touches the image, also from those that only meet padding, so its scale takes the mean over the taps.
 
 Gradients of ReLU and pooling jump where an activation is near zero or two are near a tie, in float64 at another place than in the
 tested dtype. The float64 gradient therefore takes the decisions (which elements pass, which position won) from the implementation
@@ -266,17 +267,16 @@ def assert_as_good_as_torch(
     assert ours.dtype == torchs.dtype, f"{what}: {ours.dtype}, expected {torchs.dtype}"
     error, torch_error = float((ours.double() - exact).norm()), float((torchs.double() - torch_exact).norm())
     # The norm of a few elements strays from its expectation: a bound on a mean of one or two would be a bound on luck.
-    few = 1 + 3 / math.sqrt(exact.numel())
-    if _C.cpu_isa() == "baseline":
-        few *= 4  # each product is rounded as well as each sum
+    few = 1 + 3 / math.sqrt(exact.unique().numel())
     chain = few * (WINOGRAD_BOUND if algo == "winograd" else 0.5 * math.sqrt(terms) * UNIT[torch.float32])
-    arithmetic = chain * max(float(scale.norm()), float(exact.norm()))
-    store = UNIT[ours.dtype] * float(exact.norm()) + SUBNORMAL[ours.dtype] * math.sqrt(exact.numel())
+    expected, norm = float(scale.norm()), float(exact.norm())
+    arithmetic = chain * (expected if norm <= expected else norm * norm / expected)
+    store = UNIT[ours.dtype] * norm + SUBNORMAL[ours.dtype] * math.sqrt(exact.numel())
     # A 16-bit result carries both errors, an fp32 result has its last rounding among those of its sum.
     floor = max(arithmetic, store) if ours.dtype == torch.float32 else arithmetic + store
     bound = max(2 * torch_error, floor)
     assert error <= bound, (
-        f"{what}: error {error:.3e}, torch's own {torch_error:.3e}, floor {floor:.3e}, norm {float(exact.norm()):.3e}"
+        f"{what}: error {error:.3e}, torch's own {torch_error:.3e}, floor {floor:.3e}, norm {norm:.3e}"
     )
     return error / max(torch_error, 1e-300)
 
