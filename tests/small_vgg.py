@@ -19,8 +19,8 @@ BUILDERS = ["vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg1
 class SmallLinear(nn.Linear):
     """nn.Linear with 64 for every 4096."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(64 if in_features == 4096 else in_features, 64 if out_features == 4096 else out_features)
+    def __init__(self, in_features: int, out_features: int, **kwargs) -> None:
+        super().__init__(*(64 if size == 4096 else size for size in (in_features, out_features)), **kwargs)
 
 
 def on_meta(builder, **kwargs):
