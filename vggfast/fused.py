@@ -46,7 +46,7 @@ class FusedSequential(nn.Sequential):
     In-place ReLU: plain torch overwrites what a hook on the layer before may have kept. Here a ReLU never overwrites a
     tensor that a hook of another child has seen; it then writes a new one. Whatever torch overwrites beyond that is
     still overwritten: the caller's input where the first child is an in-place ReLU, and what a pre-hook of the in-place
-    ReLU itself has seen.
+    ReLU itself has seen. A child that may overwrite what a run with a ReLU saved for its gradient gets a copy.
     """
 
     def forward(self, input):  # type: ignore[no-untyped-def]
@@ -120,14 +120,15 @@ def _forward(self: FusedSequential, x: Any) -> Any:
     everywhere = _context_obstacle()
     # None: x has the strides plain torch would give it. Else x is channels_last, and `layout` says if torch's would be.
     layout: bool | None = None
-    keep = False  # whether a hook or autograd holds on to x, so that an in-place ReLU must not overwrite it
+    keep = False  # whether a hook or autograd holds on to x, so that no in-place module may overwrite it
     start = 0
     while start < len(children):
         run, reason = (None, everywhere) if everywhere else _find_run(children, start, x)
         before = x if observe is not None else None
         if run is not None:
-            end, layout, keep = start + run.length, _layout_after(run, x, layout), run.relu is not None
-            x = _execute(run, x)  # with a ReLU, autograd keeps the output as the ReLU's mask
+            end, layout = start + run.length, _layout_after(run, x, layout)
+            x = _execute(run, x)
+            keep = run.relu is not None and x.requires_grad  # autograd has saved the output as the ReLU's mask
         else:
             end = start + 1
             x, layout, keep = _run_module(children[start], x, layout, keep)
@@ -147,9 +148,22 @@ def _run_module(module: nn.Module, x: Any, layout: bool | None, keep: bool) -> t
         x, layout, keep = restored, None, keep and restored is x
     elif layout is not None and not in_place and (x.shape[1] == 1 or x.shape[2] == x.shape[3] == 1):
         layout = False  # where the strides fit both formats, torch's new tensors are contiguous
-    y = module(x.clone() if in_place and keep else x)
+    if keep and isinstance(x, Tensor) and _may_write(module):
+        x, keep = x.clone(), False
     makes_new = type(module) in _STAGES
-    return y, layout, hooked or (keep and not makes_new)
+    return module(x), layout, hooked or (keep and not makes_new)
+
+
+def _may_write(module: nn.Module) -> bool:
+    """Whether `module` might overwrite its input: it says `inplace`, or is nobody's that we know."""
+    if type(module).forward in (nn.Sequential.forward, FusedSequential.forward):
+        for child in module.children():
+            if _may_write(child):
+                return True
+            if type(child) in (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.Linear):
+                return False  # what comes later gets a tensor of its own
+        return False
+    return bool(getattr(module, "inplace", False)) or not type(module).__module__.startswith("torch.nn.")
 
 
 def _restore(x: Any, layout: bool | None) -> Any:
@@ -264,7 +278,7 @@ def _context_obstacle() -> str:
         return "a torch.nn class was patched"
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode is active: it sees torch's own operators"
-    return ""
+    return ops.why_not_transforms()
 
 
 def _hooked_globally() -> bool:
