@@ -8,6 +8,7 @@
 #include "cpu/dtypes.h"
 #include "cpu/isa.h"
 #include "cpu/schedule.h"
+#include "cpu/scratch.h"
 #include "torch_glue.h"
 
 namespace vggfast::cpu {
@@ -59,6 +60,9 @@ Output output_of(const Tensor& y, int64_t h, int64_t w) {
   out.dtype = dtype_of(y);
   out.n = y.size(0), out.c = y.size(1), out.h = h, out.w = w;
   out.data = y.mutable_data_ptr();
+  // A result larger than the caches would be read into them, line by line, only to be overwritten.
+  out.stream = out.dtype == DType::f32 && out.c % 16 == 0 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 &&
+               out.n * out.h * out.w * out.c * 4 >= int64_t(4) << 20;
   return out;
 }
 
@@ -88,20 +92,15 @@ std::vector<float> bias_values(const MaybeTensor& bias) {
   return values;
 }
 
-// A workspace of floats, aligned to 64 bytes as torch's CPU allocator aligns.
-Tensor workspace_of(const Tensor& like, int64_t floats) {
-  return empty_of(like, {floats}, ScalarType::Float);
-}
-
 Tensor empty_argmax(const Tensor& like, bool wanted, int64_t n, int64_t c, int64_t h, int64_t w) {
   return empty_of(like, wanted ? std::vector<int64_t>{n, h / 2, w / 2, ceil_div(c, 4)} : std::vector<int64_t>{0}, ScalarType::Byte);
 }
 
-void run_forward(const Image& x, const Filters& w, const Output& out, const Tensor& like) {
+void run_forward(const Image& x, const Filters& w, const Output& out) {
   const Kernels& k = kernels();
   const Plan plan = choose_plan(x.n, x.c, w.out, x.h, x.w, this_machine(k), algo());
-  const Tensor workspace = workspace_of(like, forward_workspace(k, plan, x, w, out));
-  forward(k, plan, x, w, out, static_cast<float*>(workspace.mutable_data_ptr()), parallel_jobs);
+  const Workspace workspace(forward_workspace(k, plan, x, w, out));
+  forward(k, plan, x, w, out, workspace.data(), parallel_jobs);
 }
 
 std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& weight, const MaybeTensor& bias, bool relu, bool pool,
@@ -118,9 +117,10 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& weight, co
   const std::vector<float> values = bias_values(bias);
   Output out = output_of(y, h, w);
   out.relu = relu, out.pool = pool;
+  out.stream = out.stream && !pool;
   out.bias = values.empty() ? nullptr : values.data();
   out.argmax = pool && save_argmax ? static_cast<uint8_t*>(argmax.mutable_data_ptr()) : nullptr;
-  run_forward(plain_image(x), filters_of(weight), out, x);
+  run_forward(plain_image(x), filters_of(weight), out);
   return {y, argmax};
 }
 
@@ -131,7 +131,7 @@ Tensor conv3x3_grad_input(const Tensor& grad_any, const Tensor& weight, const Ma
   if (gx.numel() == 0) return gx;
   const Tensor grad = with_adjacent_channels(grad_any);
   const MaybeTensor y = y_any ? MaybeTensor(with_adjacent_channels(*y_any)) : std::nullopt;
-  run_forward(gradient_image(grad, y, argmax, h, w), mirrored(filters_of(weight)), output_of(gx, h, w), grad);
+  run_forward(gradient_image(grad, y, argmax, h, w), mirrored(filters_of(weight)), output_of(gx, h, w));
   return gx;
 }
 
@@ -149,9 +149,9 @@ std::tuple<Tensor, Tensor> conv3x3_grad_weight(const Tensor& x_any, const Tensor
   const Tensor grad = with_adjacent_channels(grad_any);
   const MaybeTensor y = y_any ? MaybeTensor(with_adjacent_channels(*y_any)) : std::nullopt;
   const Image image = plain_image(x), dz = gradient_image(grad, y, argmax, h, w);
-  const Tensor workspace = workspace_of(x, grad_weight_workspace(k, plan, image, dz));
+  const Workspace workspace(grad_weight_workspace(k, plan, image, dz));
   std::vector<float> bias(out);
-  grad_weight(k, plan, image, dz, filters_of(gw), bias.data(), static_cast<float*>(workspace.mutable_data_ptr()), parallel_jobs);
+  grad_weight(k, plan, image, dz, filters_of(gw), bias.data(), workspace.data(), parallel_jobs);
   for (int64_t i = 0; i < out; ++i) {
     void* p = gb.mutable_data_ptr();
     if (image.dtype == DType::f32) from_float(bias[i], static_cast<float*>(p) + i);

@@ -47,7 +47,7 @@ static void load_row(const Image& x, int64_t n, int64_t h, float* row) {
 template <class T>
 static void direct_filters(const Filters& w, int64_t block, float* packed) {
   const int64_t k0 = block * kBlock, lanes = w.out - k0 < kBlock ? w.out - k0 : kBlock;
-  float taps[9][kBlock] = {};
+  alignas(64) Taps taps = {};
   for (int64_t c = 0; c < w.in; ++c) {
     gather_taps<T>(w, k0, lanes, c, taps);
     for (int i = 0; i < 9; ++i) memcpy(packed + (i * w.in + c) * kBlock, taps[i], sizeof(taps[i]));
@@ -58,8 +58,8 @@ static void direct_filters(const Filters& w, int64_t block, float* packed) {
 template <class Finish>
 static inline void direct_row(const float* rows, int64_t width, int64_t in, const float* packed, const Finish& finish) {
   const int64_t row_size = (width + 2) * in;
-  const Product product{rows, in, 1, row_size, packed, kBlock, 3 * in * kBlock, 3 * in, 3};
-  for_each_row_block(width, product, finish);
+  const Product product{rows, in, 1, row_size, packed, kBlock, 3 * in * kBlock, 3 * in, 3, 0, 0};
+  for_each_row_block(width, product, StartAtZero(), finish);
 }
 
 // Pools two rows of fp32 pixels [2][W][channels ...] into row ph of the output, channels [k0, k0 + count).
@@ -85,14 +85,25 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
   for (int64_t block = 0; block * kBlock < out.c; ++block) {
     const int64_t k0 = block * kBlock;
     const float* filters = packed + block * 9 * x.c * kBlock;
+    const Epilogue epilogue[] = {{out, k0}, {out, k0 + Vec::width}};
+    static_assert(kVecs == 2, "an Epilogue for every vector of a block");
     for (int64_t h = h_begin; h < h_end; ++h) {
       const float* rows = scratch + (h - h_begin) * row_size;
       if (!out.pool) {
         T* line = (T*)out.data + (n * out.h + h) * out.w * out.c + k0;
+        if constexpr (std::is_same_v<T, float>) {
+          if (out.stream) {
+            direct_row(rows, x.w, x.c, filters, [&](int64_t w, const Vec(&acc)[kVecs]) {
+              for (int v = 0; v < kVecs && k0 + v * Vec::width < out.c; ++v)
+                epilogue[v](acc[v]).stream(line + w * out.c + v * Vec::width);
+            });
+            continue;
+          }
+        }
         direct_row(rows, x.w, x.c, filters, [&](int64_t w, const Vec(&acc)[kVecs]) {
           for (int v = 0; v < kVecs && k0 + v * Vec::width < out.c; ++v) {
             const int64_t k = k0 + v * Vec::width;
-            store_lanes(finish_pixel(out, k, acc[v]), line + w * out.c + v * Vec::width, lanes_from(k, out.c));
+            store_lanes(epilogue[v](acc[v]), line + w * out.c + v * Vec::width, lanes_from(k, out.c));
           }
         });
         continue;
@@ -100,11 +111,12 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
       if (h / 2 >= out.h / 2) continue; // an odd last row is in no window
       float* line = full + h % 2 * x.w * kBlock;
       direct_row(rows, x.w, x.c, filters, [&](int64_t w, const Vec(&acc)[kVecs]) {
-        for (int v = 0; v < kVecs; ++v) finish_pixel(out, k0 + v * Vec::width, acc[v]).store(line + w * kBlock + v * Vec::width);
+        for (int v = 0; v < kVecs; ++v) epilogue[v](acc[v]).store(line + w * kBlock + v * Vec::width);
       });
       if (h % 2 == 1) pool_row<T>(out, full, x.w * kBlock, kBlock, n, h / 2, k0, kBlock);
     }
   }
+  if (out.stream) fence_streams();
 }
 
 // One gradient row, [W][padded] with zeros past the last channel; its sum over W is added to bias. scratch: (W + 2) * C floats.
@@ -138,8 +150,8 @@ static void direct_grad_rows(const Image& x, const Image& dz, int64_t begin, int
     load_gradient_row<T>(dz, n, h, padded, gradient, bias, unpadded);
     for (int r = 0; r < 3; ++r)
       for (int64_t k = 0; k < padded; k += kBlock) {
-        const Product product{scratch + (h - 1 + r + 3) % 3 * row_size, 1, x.c, 0, gradient + k, padded, 0, x.w, 1};
-        for_each_row_block(3 * x.c, product, [&](int64_t tap, const Vec(&acc)[kVecs]) {
+        const Product product{scratch + (h - 1 + r + 3) % 3 * row_size, 1, x.c, 0, gradient + k, padded, 0, x.w, 1, 0, 0};
+        for_each_row_block(3 * x.c, product, StartAtZero(), [&](int64_t tap, const Vec(&acc)[kVecs]) {
           float* p = sum + (r * 3 * x.c + tap) * padded + k;
           for (int v = 0; v < kVecs; ++v) (Vec::load(p + v * Vec::width) + acc[v]).store(p + v * Vec::width);
         });

@@ -8,10 +8,13 @@ static inline bool all_zero(Vec v) { // false for NaN lanes
   return true;
 }
 
-static inline Vec finish_pixel(const Output& out, int64_t k, Vec v) {
-  if (out.bias) v = v + Vec::load(out.bias + k);
-  return out.relu ? relu(v) : v;
-}
+// Bias and ReLU of one vector of channels from k on.
+struct Epilogue {
+  Vec bias, floor; // none: -0, which changes no sum, and -Inf
+  Epilogue(const Output& out, int64_t k)
+      : bias(out.bias ? Vec::load(out.bias + k) : Vec::set(-0.f)), floor(Vec::set(out.relu ? 0.f : -__builtin_inff())) {}
+  Vec operator()(Vec v) const { return at_least(floor, v + bias); }
+};
 
 static inline uint32_t spread_bits(uint32_t b) { // bit i moves to bit 2i
   b = (b | b << 8) & 0x00ff00ff;

@@ -1,17 +1,52 @@
-// Filters with any strides, in and out of [9 taps][kBlock output channels].
+// Filters with any strides, in and out of [9 taps][kBlock output channels]. Of an ordinary weight [out, in, 3, 3] the nine taps lie
+// together, in order or (mirrored, for grad_input) in reverse; a vector of output channels is then rows of nine, transposed in
+// registers.
 
-template <class T>
-static inline void gather_taps(const Filters& w, int64_t k0, int64_t lanes, int64_t c, float (&taps)[9][kBlock]) {
-  const T* p = (const T*)w.data + k0 * w.stride_out + c * w.stride_in;
-  for (int64_t k = 0; k < lanes; ++k, p += w.stride_out)
-    for (int r = 0; r < 3; ++r)
-      for (int s = 0; s < 3; ++s) taps[3 * r + s][k] = to_float(p[r * w.stride_r + s * w.stride_s]);
+using Taps = float[9][kBlock];
+
+// +1 or -1 where the nine taps of a filter lie together in that direction, else 0.
+static inline int taps_direction(const Filters& w) {
+  const bool together = w.stride_r == 3 * w.stride_s && (w.stride_s == 1 || w.stride_s == -1);
+  return together ? int(w.stride_s) : 0;
 }
 
 template <class T>
-static inline void scatter_taps(const Filters& w, int64_t k0, int64_t lanes, int64_t c, const float (&taps)[9][kBlock]) {
+static inline void gather_taps(const Filters& w, int64_t k0, int64_t lanes, int64_t c, Taps& taps) {
+  const T* p = (const T*)w.data + k0 * w.stride_out + c * w.stride_in;
+  const int direction = taps_direction(w);
+  if (direction == 0 || lanes < kBlock) {
+    for (int64_t k = 0; k < lanes; ++k, p += w.stride_out)
+      for (int r = 0; r < 3; ++r)
+        for (int s = 0; s < 3; ++s) taps[3 * r + s][k] = to_float(p[r * w.stride_r + s * w.stride_s]);
+    return;
+  }
+  const T* lowest = direction > 0 ? p : p - 8;
+  for (int k = 0; k < kBlock; ++k) // kBlock rows far apart are more streams than hardware prefetchers follow
+    __builtin_prefetch(lowest + k * w.stride_out + 16 * w.stride_in);
+  for (int k = 0; k < kBlock; k += Vec::width)
+    for (int first = 0; first < 9; first += Vec::width) {
+      const int count = 9 - first < Vec::width ? 9 - first : Vec::width;
+      Vec rows[Vec::width];
+#pragma GCC unroll 16
+      for (int i = 0; i < Vec::width; ++i) rows[i] = load_lanes(lowest + (k + i) * w.stride_out + first, count);
+      transpose(rows);
+      for (int i = 0; i < count; ++i) rows[i].store(taps[direction > 0 ? first + i : 8 - first - i] + k);
+    }
+}
+
+// Only ever into a gradient's own memory, [out, in, 3, 3] contiguous.
+template <class T>
+static inline void scatter_taps(const Filters& w, int64_t k0, int64_t lanes, int64_t c, const Taps& taps) {
   T* p = (T*)const_cast<void*>(w.data) + k0 * w.stride_out + c * w.stride_in;
-  for (int64_t k = 0; k < lanes; ++k, p += w.stride_out)
-    for (int r = 0; r < 3; ++r)
-      for (int s = 0; s < 3; ++s) from_float(taps[3 * r + s][k], p + r * w.stride_r + s * w.stride_s);
+  for (int k = 0; k < lanes; k += Vec::width)
+    for (int first = 0; first < 9; first += Vec::width) {
+      const int count = 9 - first < Vec::width ? 9 - first : Vec::width;
+      Vec rows[Vec::width];
+#pragma GCC unroll 16
+      for (int i = 0; i < Vec::width; ++i) rows[i] = i < count ? Vec::load(taps[first + i] + k) : Vec::zero();
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < Vec::width; ++i)
+        if (k + i < lanes) store_lanes(rows[i], p + (k + i) * w.stride_out + first, count);
+    }
 }

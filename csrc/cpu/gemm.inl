@@ -11,15 +11,26 @@ struct Product {
   int64_t b_depth, b_segment;
   int64_t depth;
   int segments;
+  // What is read soon after, for prefetching: from a[row of the block * a_row + ahead] on, ahead_step floats for each step of
+  // depth.
+  int64_t ahead, ahead_step;
+};
+static constexpr int kAhead = 24; // steps of depth: about 700 cycles, the latency of DRAM
+
+// Accumulators start at zero, or where Start says, so that a sum may be taken up again and still be the one chain that it would
+// have been: equal bits however the depth is cut.
+struct StartAtZero {
+  Vec operator()(int64_t, int) const { return Vec::zero(); }
 };
 
-template <int rows, class Finish>
-static void multiply_rows(const Product& p, int64_t first_row, const Finish& finish) {
+template <int rows, class Start, class Finish>
+static void multiply_rows(const Product& p, int64_t first_row, const Start& start, const Finish& finish) {
   Vec acc[rows][kVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::zero();
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = start(first_row + r, v);
+  const float* ahead = p.a + first_row * p.a_row + p.ahead;
   for (int s = 0; s < p.segments; ++s) {
     const float* a = p.a + first_row * p.a_row + s * p.a_segment;
     const float* b = p.b + s * p.b_segment;
@@ -27,6 +38,10 @@ static void multiply_rows(const Product& p, int64_t first_row, const Finish& fin
       Vec channels[kVecs];
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) channels[v] = Vec::load(b + v * Vec::width);
+      // Hardware prefetchers stop at each 4 KB; the loads have room for this.
+      for (int line = 0; line < kBlock; line += 16) __builtin_prefetch(b + kAhead * p.b_depth + line);
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += p.ahead_step;
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
         const Vec x = Vec::set(a[r * p.a_row]);
@@ -39,20 +54,20 @@ static void multiply_rows(const Product& p, int64_t first_row, const Finish& fin
   for (int r = 0; r < rows; ++r) finish(first_row + r, acc[r]);
 }
 
-template <int rows, class Finish>
-static inline void dispatch_rows(int count, const Product& p, int64_t first_row, const Finish& finish) {
-  if (count == rows) return multiply_rows<rows>(p, first_row, finish);
-  if constexpr (rows > 1) dispatch_rows<rows - 1>(count, p, first_row, finish);
+template <int rows, class Start, class Finish>
+static inline void dispatch_rows(int count, const Product& p, int64_t first_row, const Start& start, const Finish& finish) {
+  if (count == rows) return multiply_rows<rows>(p, first_row, start, finish);
+  if constexpr (rows > 1) dispatch_rows<rows - 1>(count, p, first_row, start, finish);
 }
 
 // finish(row, acc) for every row of [0, rows), accumulators still in registers. Rows are shared out evenly over blocks, so that
 // no block is nearly empty.
-template <class Finish>
-static void for_each_row_block(int64_t rows, const Product& p, const Finish& finish) {
+template <class Start, class Finish>
+static void for_each_row_block(int64_t rows, const Product& p, const Start& start, const Finish& finish) {
   const int64_t blocks = (rows + kRows - 1) / kRows;
   for (int64_t i = 0, begin = 0; i < blocks; ++i) {
     const int64_t end = rows * (i + 1) / blocks;
-    dispatch_rows<kRows>(int(end - begin), p, begin, finish);
+    dispatch_rows<kRows>(int(end - begin), p, begin, start, finish);
     begin = end;
   }
 }

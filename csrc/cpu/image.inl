@@ -1,4 +1,4 @@
-// Reading a size x size patch of an Image into registers' worth of floats, one vector of channels at a time.
+// Reading a size x size patch of an Image as floats, one vector of channels at a time.
 // The three kinds of image (conv3x3.h) meet here and nowhere else: transforms see plain fp32 patches.
 
 static inline uint32_t load_argmax(const uint8_t* p, int lanes) { // 2 bits a lane
@@ -31,46 +31,50 @@ static inline Vec load_masked(const Image& image, int64_t n, int64_t h, int64_t 
   return select(not_below_or_zero(y), g, Vec::zero());
 }
 
-// patch[i][j] = image[n, c..c+lanes, h0 + i, w0 + j], zero outside the image.
+// A size x size patch of pixels, a vector of channels each: [size][size][Vec::width].
+template <int size>
+struct Patch {
+  alignas(64) float data[size * size * Vec::width];
+  float* at(int64_t i, int64_t j) { return data + (i * size + j) * Vec::width; }
+};
+
+struct Range {
+  int64_t begin, end;
+};
+// Which of the `size` positions from `first` on lie in [0, limit).
+static inline Range inside(int64_t first, int64_t size, int64_t limit) {
+  return {first < 0 ? -first : 0, first + size <= limit ? size : limit - first};
+}
+
+// patch(i, j) = image[n, c..c+lanes, h0 + i, w0 + j], zero outside the image.
 template <class T, int size>
-static inline void load_patch(const Image& image, int64_t n, int64_t h0, int64_t w0, int64_t c, int lanes,
-                              Vec (&patch)[size][size]) {
-  const T* corner = (const T*)image.data + n * image.stride_n + h0 * image.stride_h + w0 * image.stride_w + c;
-  const bool inside = h0 >= 0 && w0 >= 0 && h0 + size <= image.h && w0 + size <= image.w;
-  if (image.kind == ImageKind::plain && inside && lanes == Vec::width) {
-    for (int i = 0; i < size; ++i)
-      for (int j = 0; j < size; ++j) patch[i][j] = Vec::load(corner + i * image.stride_h + j * image.stride_w);
-    return;
-  }
-  for (int i = 0; i < size; ++i)
-    for (int j = 0; j < size; ++j) {
-      const int64_t h = h0 + i, w = w0 + j;
-      const bool in = h >= 0 && h < image.h && w >= 0 && w < image.w;
-      patch[i][j] = in ? load_masked<T>(image, n, h, w, c, lanes) : Vec::zero();
-    }
+static inline void load_patch(const Image& image, int64_t n, int64_t h0, int64_t w0, int64_t c, int lanes, Patch<size>& patch) {
+  const Range rows = inside(h0, size, image.h), columns = inside(w0, size, image.w);
+  if (rows.begin > 0 || columns.begin > 0 || rows.end < size || columns.end < size) memset(patch.data, 0, sizeof(patch.data));
+  for (int64_t i = rows.begin; i < rows.end; ++i)
+    for (int64_t j = columns.begin; j < columns.end; ++j) load_masked<T>(image, n, h0 + i, w0 + j, c, lanes).store(patch.at(i, j));
 }
 
 // The same for a pooled image: every pool window that touches the patch is read once and spread over its four positions.
 template <class T, int size>
 static inline void load_pooled_patch(const Image& image, int64_t n, int64_t h0, int64_t w0, int64_t c, int lanes,
-                                     Vec (&patch)[size][size]) {
+                                     Patch<size>& patch) {
   const int64_t pooled_h = image.h / 2, pooled_w = image.w / 2, bytes = (image.c + 3) / 4;
-  for (int i = 0; i < size; ++i)
-    for (int j = 0; j < size; ++j) patch[i][j] = Vec::zero();
+  const bool all = h0 >= 0 && w0 >= 0 && h0 + size <= 2 * pooled_h && w0 + size <= 2 * pooled_w;
+  if (!all) memset(patch.data, 0, sizeof(patch.data));
   for (int64_t ph = h0 < 0 ? 0 : h0 / 2; ph < pooled_h && 2 * ph < h0 + size; ++ph)
     for (int64_t pw = w0 < 0 ? 0 : w0 / 2; pw < pooled_w && 2 * pw < w0 + size; ++pw) {
       const Vec g = load_masked<T>(image, n, ph, pw, c, lanes);
       const uint32_t argmax = load_argmax(image.argmax + ((n * pooled_h + ph) * pooled_w + pw) * bytes + c / 4, lanes);
       for (int position = 0; position < 4; ++position) {
         const int64_t i = 2 * ph + position / 2 - h0, j = 2 * pw + position % 2 - w0;
-        if (i >= 0 && i < size && j >= 0 && j < size) patch[i][j] = select(argmax_is(argmax, position), g, Vec::zero());
+        if (i >= 0 && i < size && j >= 0 && j < size) select(argmax_is(argmax, position), g, Vec::zero()).store(patch.at(i, j));
       }
     }
 }
 
 template <class T, int size>
-static inline void load_any_patch(const Image& image, int64_t n, int64_t h0, int64_t w0, int64_t c, int lanes,
-                                  Vec (&patch)[size][size]) {
+static inline void load_any_patch(const Image& image, int64_t n, int64_t h0, int64_t w0, int64_t c, int lanes, Patch<size>& patch) {
   if (image.kind == ImageKind::pooled) return load_pooled_patch<T>(image, n, h0, w0, c, lanes, patch);
   load_patch<T>(image, n, h0, w0, c, lanes, patch);
 }

@@ -19,6 +19,13 @@ struct TileGrid {
   int64_t images, rows, cols;
   int64_t count() const { return images * rows * cols; }
   Tile at(int64_t t) const { return {t / (rows * cols), t / cols % rows, t % cols}; }
+  void next(Tile& tile) const { // the one after it, without a division
+    if (++tile.col < cols) return;
+    tile.col = 0;
+    if (++tile.row < rows) return;
+    tile.row = 0;
+    ++tile.n;
+  }
 };
 struct TileRange {
   TileGrid grid;
@@ -29,7 +36,16 @@ struct TileRange {
 struct Points {
   float* data;
   int64_t row, position;
+  Points from(int64_t tile) const { return {data + tile * row, row, position}; }
 };
+
+// An odd number of cache lines that holds `floats`: 36 positions this far apart fall into different cache sets.
+static inline int64_t odd_lines(int64_t floats) {
+  return (ceil_div(floats, 16) | 1) * 16;
+}
+static inline int64_t filters_position(int64_t in, int64_t block) { // between the 36 positions of U[36][in][block]
+  return odd_lines(in * block);
+}
 
 struct Kernels {
   const char* name;
@@ -40,8 +56,9 @@ struct Kernels {
   void (*winograd_input)(const Image&, const TileRange&, const Points& v);
   void (*winograd_grad_output)(const Image&, const TileRange&, const Points& z, float* bias_sum);
   void (*winograd_filters)(const Filters&, int64_t block, float* u);
-  void (*winograd_multiply)(const Points& v, int64_t tiles, int64_t in, const float* u, float* m);
-  bool (*winograd_output)(const float* m, const TileRange&, int64_t block, const Output&);
+  void (*winograd_multiply)(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int first, int last,
+                            bool add);
+  bool (*winograd_output)(const Points& m, const TileRange&, int64_t block, const Output&);
   void (*winograd_accumulate)(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
                               float* s);
   bool (*winograd_grad_filters)(const float* s, int64_t block, const Filters& dw);

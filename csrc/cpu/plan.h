@@ -14,12 +14,18 @@ struct Machine {
   int threads;
 };
 
+// How Winograd's three steps (V of the input, M = V U, Y of M) are shared out.
+enum class Schedule {
+  tile_fused,     // a thread takes `tiles` tiles through all three steps; V and M stay in its L2
+  channels_split, // V of all tiles is shared; a thread takes a block of output channels, and makes U of `depth` channels at a time
+  points_split    // V of `tiles` tiles is shared; threads take points, then output tiles
+};
+
 struct Plan {
   Algorithm algorithm;
-  // Winograd. Fused: a thread takes `tiles` tiles through all three steps, V and M stay in its L2.
-  // Not fused: V of `tiles` tiles is shared, and threads take blocks of output channels.
-  bool fused;
-  int64_t tiles;
+  Schedule schedule;
+  int64_t tiles, depth;
+  int64_t groups; // tile-fused: groups of `tiles` tiles that a thread takes one after another
   // Direct: output rows a thread takes at once.
   int64_t band;
   const char* reason;
@@ -27,8 +33,8 @@ struct Plan {
 
 inline std::string to_string(const Plan& p) {
   if (p.algorithm == Algorithm::direct) return "direct, bands of " + std::to_string(p.band) + " rows: " + p.reason;
-  return std::string("winograd F(4x4,3x3), ") + (p.fused ? "tile-fused" : "V shared, output channels split") + ", tiles " +
-         std::to_string(p.tiles) + ": " + p.reason;
+  const char* schedules[] = {"tile-fused", "V shared, output channels split", "V shared, points split"};
+  return std::string("winograd F(4x4,3x3), ") + schedules[int(p.schedule)] + ", tiles " + std::to_string(p.tiles) + ": " + p.reason;
 }
 
 inline TileGrid tile_grid(int64_t n, int64_t h, int64_t w) {
@@ -44,7 +50,7 @@ inline int64_t points_row(int64_t channels, const Machine& m) {
 inline Plan plan_direct(int64_t in, int64_t h, int64_t w, const char* reason) {
   const int64_t row_bytes = (w + 2) * in * 4, fitting = 256 * 1024 / row_bytes - 2;
   const int64_t band = std::clamp<int64_t>(fitting / 2 * 2, 2, 16);
-  return {Algorithm::direct, false, 0, std::min(band, round_up(h, 2)), reason};
+  return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, std::min(band, round_up(h, 2)), reason};
 }
 
 // Winograd multiplies 36 values a tile and channel pair where direct multiplies 9 a pixel; the transforms cost about a quarter
@@ -63,24 +69,40 @@ inline Plan choose_plan(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w
   if (direct) return plan_direct(in, h, w, direct);
   const int64_t tiles = tile_grid(n, h, w).count();
   const int64_t v_bytes = 36 * 4 * points_row(in, m) * m.rows; // of one row block of tiles
-  if (v_bytes > 768 * 1024) return {Algorithm::winograd, false, std::min<int64_t>(tiles, 128), 0, "V of one row block exceeds L2"};
-  const int64_t groups = ceil_div(tiles, m.rows);
-  if (groups < 2 * m.threads && tiles <= 128)
-    return {Algorithm::winograd, false, tiles, 0, "too few tiles to share among the threads"};
-  // More tiles a group read the filters less often; two row blocks still fit L2 for narrow layers.
-  const int64_t tiles_a_group = v_bytes <= 256 * 1024 && groups >= 8 * m.threads ? 2 * m.rows : m.rows;
-  return {Algorithm::winograd, true, tiles_a_group, 0, "V and M of a group of tiles stay in L2"};
+  if (tiles <= 128 && in >= 64 && ceil_div(out, m.block) >= m.threads)
+    return {Algorithm::winograd,
+            Schedule::channels_split,
+            tiles,
+            std::min<int64_t>(in, 256),
+            1,
+            0,
+            "few tiles: filters are made where they are used"};
+  if (v_bytes > 768 * 1024) {
+    const int64_t chunks = ceil_div(tiles, 131); // V of a point and chunk stays in L2 beside a block's U
+    return {
+        Algorithm::winograd, Schedule::points_split, ceil_div(tiles, chunks), in, 1, 0, "V of one row block of tiles exceeds L2"};
+  }
+  const int64_t groups = std::clamp<int64_t>(tiles / m.rows / (8 * m.threads), 1, 8);
+  return {Algorithm::winograd, Schedule::tile_fused, m.rows, in, groups, 0, "V and M of a group of tiles stay in L2"};
 }
 
-// grad_weight: V and Z of `tiles` tiles are shared; 16 MB of them keep to L3 and below the size malloc would map afresh each time.
+// grad_weight: V and Z of `tiles` tiles are shared, then threads take points and blocks of output channels.
 inline Plan choose_grad_weight_plan(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m, Algorithm wanted) {
   const char* direct = wanted == Algorithm::direct     ? "asked for"
                        : wanted == Algorithm::winograd ? nullptr
                                                        : why_direct(n, in, out, h, w);
-  if (direct) return {Algorithm::direct, false, 0, 1, direct};
+  if (direct) return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, 1, direct};
   const int64_t tile_bytes = 36 * 4 * (points_row(in, m) + points_row(out, m));
-  const int64_t fitting = std::max<int64_t>((16 << 20) / tile_bytes / 16 * 16, 16);
-  return {Algorithm::winograd, false, std::min(tile_grid(n, h, w).count(), fitting), 0, "V and Z of a chunk of tiles stay in L3"};
+  // Each chunk passes V and Z through L3 once, and S = 36 x in x out once: neither should cost much more than the other.
+  const int64_t chunk_bytes = std::clamp<int64_t>(36 * 4 * in * out * 2 / 3, 4 << 20, 16 << 20);
+  const int64_t fitting = std::max<int64_t>(chunk_bytes / tile_bytes / 16 * 16, 16);
+  return {Algorithm::winograd,
+          Schedule::points_split,
+          std::min(tile_grid(n, h, w).count(), fitting),
+          in,
+          1,
+          0,
+          "V and Z of a chunk of tiles stay in L3"};
 }
 
 } // namespace vggfast::cpu

@@ -77,62 +77,141 @@ void grad_weight_direct(const Kernels& k, const Image& x, const Image& dz, const
 
 // ---- Winograd ----
 
-struct Sizes {
-  int64_t v_row, v, u, m; // floats: a row of V, V of plan.tiles tiles, U of one block of output channels, M of plan.tiles tiles
-  Sizes(const Kernels& k, const Plan& plan, int64_t in)
-      : v_row(points_row(in, machine(k, 1))), v(36 * plan.tiles * v_row), u(36 * in * k.block), m(36 * plan.tiles * k.block) {}
-};
-
-Points points(float* data, int64_t row, int64_t tiles) {
-  return {data, row, row * tiles};
+size_t bytes_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
 }
 
-// A thread takes a group of tiles through input transform, products and output transform.
+struct Sizes {
+  int64_t v_row, v_position, m_position; // floats
+  int64_t v, u, m;                       // V of plan.tiles tiles; U and M of one block of output channels
+  Sizes(const Kernels& k, const Plan& plan, int64_t in)
+      : v_row(points_row(in, machine(k, 1))), v_position(odd_lines(plan.tiles * v_row)),
+        m_position(odd_lines(plan.tiles * k.block)), v(36 * v_position), u(36 * filters_position(plan.depth, k.block)),
+        m(36 * m_position) {}
+};
+
+// Channels [begin, end) of the input.
+Filters input_channels(const Filters& w, int64_t begin, int64_t end) {
+  const int64_t bytes = begin * w.stride_in * int64_t(bytes_of(w.dtype));
+  return {w.dtype, w.out, end - begin, static_cast<const char*>(w.data) + bytes, w.stride_out, w.stride_in, w.stride_r, w.stride_s};
+}
+
+// Asks for the lines that a block of output channels of one tile will be written to. A store that misses the caches waits for its
+// line, in order; the products hide that wait.
+void prefetch_output(const Kernels& k, const Output& out, const Tile& tile, int64_t block) {
+  if (out.stream) return;
+  const int64_t side = out.pool ? 2 : 4, height = out.pool ? out.h / 2 : out.h, width = out.pool ? out.w / 2 : out.w;
+  const int64_t size = bytes_of(out.dtype), h_end = std::min(side * (tile.row + 1), height),
+                w_end = std::min(side * (tile.col + 1), width);
+  for (int64_t h = side * tile.row; h < h_end; ++h)
+    for (int64_t w = side * tile.col; w < w_end; ++w) {
+      const char* p = static_cast<const char*>(out.data) + (((tile.n * height + h) * width + w) * out.c + block * k.block) * size;
+      __builtin_prefetch(p, 1);
+      if (k.block * size > 64) __builtin_prefetch(p + 64, 1);
+    }
+}
+
+// Asks for the pixels of a tile that its left neighbour does not also read.
+void prefetch_input(const Image& x, const Tile& tile) {
+  const int64_t side = x.kind == ImageKind::pooled ? 2 : 4, halo = side / 4, size = bytes_of(x.dtype);
+  const int64_t height = x.kind == ImageKind::pooled ? x.h / 2 : x.h, width = x.kind == ImageKind::pooled ? x.w / 2 : x.w;
+  const int64_t h_end = std::min(side * (tile.row + 1) + halo, height), w_end = std::min(side * (tile.col + 1) + halo, width);
+  for (int64_t h = std::max<int64_t>(side * tile.row - halo, 0); h < h_end; ++h)
+    for (int64_t w = side * tile.col + halo; w < w_end; ++w)
+      for (int64_t c = 0; c < x.c; c += 64 / size) {
+        __builtin_prefetch(static_cast<const char*>(x.data) + (tile.n * x.stride_n + h * x.stride_h + w * x.stride_w + c) * size, 0,
+                           2);
+        if (x.y)
+          __builtin_prefetch(
+              static_cast<const char*>(x.y) + (tile.n * x.y_stride_n + h * x.y_stride_h + w * x.y_stride_w + c) * size, 0, 2);
+      }
+}
+
+// A thread takes groups of tiles through input transform, products and output transform.
 bool forward_tile_fused(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* u,
                         const Parallel& parallel) {
   const Sizes size(k, plan, x.c);
   const TileGrid grid = tile_grid(x.n, x.h, x.w);
-  const int64_t blocks = ceil_div(w.out, k.block);
+  const int64_t blocks = ceil_div(w.out, k.block), job_tiles = plan.tiles * plan.groups;
   std::atomic<bool> finite{true};
   parallel(blocks, [&](int64_t b) { k.winograd_filters(w, b, u + b * size.u); });
-  parallel(ceil_div(grid.count(), plan.tiles), [&](int64_t group) {
-    const TileRange tiles{grid, group * plan.tiles, std::min((group + 1) * plan.tiles, grid.count())};
-    const int64_t count = tiles.end - tiles.begin;
-    const Points v = points(scratch(size.v + size.m), size.v_row, count);
-    float* m = v.data + size.v;
-    k.winograd_input(x, tiles, v);
-    for (int64_t b = 0; b < blocks; ++b) {
-      k.winograd_multiply(v, count, x.c, u + b * size.u, m);
-      if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
+  parallel(ceil_div(grid.count(), job_tiles), [&](int64_t job) {
+    const Points v{scratch(size.v + size.m), size.v_row, size.v_position}, m{v.data + size.v, k.block, size.m_position};
+    const int64_t job_end = std::min((job + 1) * job_tiles, grid.count());
+    for (int64_t begin = job * job_tiles; begin < job_end; begin += plan.tiles) {
+      const TileRange tiles{grid, begin, std::min(begin + plan.tiles, job_end)};
+      const int64_t count = tiles.end - tiles.begin, ahead = std::min(plan.tiles, job_end - tiles.end), steps = 36 * blocks;
+      k.winograd_input(x, tiles, v);
+      for (int64_t b = 0; b < blocks; ++b) {
+        for (int i = 0; i < 36; ++i) {
+          for (int64_t t = i * count / 36; t < (i + 1) * count / 36; ++t) prefetch_output(k, out, grid.at(begin + t), b);
+          const int64_t step = b * 36 + i;
+          for (int64_t t = step * ahead / steps; t < (step + 1) * ahead / steps; ++t) prefetch_input(x, grid.at(tiles.end + t));
+          k.winograd_multiply(v, count, x.c, u + b * size.u, m, i, i + 1, false);
+        }
+        if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
+      }
     }
   });
   return finite;
 }
 
-// All threads make V of a chunk of tiles; then each takes blocks of output channels, so that it reads only its share of the
-// filters.
+void shared_input(const Kernels& k, const Image& x, const TileRange& tiles, const Points& v, const Parallel& parallel) {
+  const int64_t share = 4, count = tiles.end - tiles.begin;
+  parallel(ceil_div(count, share), [&](int64_t i) {
+    const int64_t begin = i * share, end = std::min(begin + share, count);
+    k.winograd_input(x, {tiles.grid, tiles.begin + begin, tiles.begin + end}, v.from(begin));
+  });
+}
+
+// All threads make V; then each takes blocks of output channels. U of a block would not fit L2 beside V and M, and is used by few
+// tiles: it is made `depth` input channels at a time and used at once.
 bool forward_channels_split(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out,
                             float* workspace, const Parallel& parallel) {
   const Sizes size(k, plan, x.c);
   const TileGrid grid = tile_grid(x.n, x.h, x.w);
-  const int64_t blocks = ceil_div(w.out, k.block), chunks = ceil_div(grid.count(), plan.tiles);
-  float* all_u = workspace + size.v; // only with several chunks; one chunk makes U where it uses it
+  const TileRange tiles{grid, 0, grid.count()};
+  const Points v{workspace, size.v_row, size.v_position};
   std::atomic<bool> finite{true};
-  if (chunks > 1) parallel(blocks, [&](int64_t b) { k.winograd_filters(w, b, all_u + b * size.u); });
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const TileRange tiles{grid, chunk * plan.tiles, std::min((chunk + 1) * plan.tiles, grid.count())};
-    const int64_t count = tiles.end - tiles.begin, share = 4;
-    const Points v = points(workspace, size.v_row, count);
-    parallel(ceil_div(count, share), [&](int64_t i) {
-      const int64_t begin = i * share, end = std::min(begin + share, count);
-      k.winograd_input(x, {grid, tiles.begin + begin, tiles.begin + end}, {v.data + begin * v.row, v.row, v.position});
+  shared_input(k, x, tiles, v, parallel);
+  parallel(ceil_div(w.out, k.block), [&](int64_t b) {
+    const Points m{scratch(size.m + size.u), k.block, size.m_position};
+    float* u = m.data + size.m;
+    for (int64_t c = 0; c < x.c; c += plan.depth) {
+      const int64_t end = std::min(c + plan.depth, x.c);
+      k.winograd_filters(input_channels(w, c, end), b, u);
+      k.winograd_multiply({v.data + c, v.row, v.position}, tiles.end, end - c, u, m, 0, 36, c > 0);
+    }
+    if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
+  });
+  return finite;
+}
+
+// Chunk by chunk of tiles, all threads make V, then M point by point (a point's V stays in L2 while its U streams past), then Y.
+bool forward_points_split(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* workspace,
+                          const Parallel& parallel) {
+  const Sizes size(k, plan, x.c);
+  const TileGrid grid = tile_grid(x.n, x.h, x.w);
+  const int64_t blocks = ceil_div(w.out, k.block), share = 16, parts = std::min<int64_t>(blocks, 4);
+  const Points v{workspace, size.v_row, size.v_position};
+  float *u = workspace + size.v, *all_m = u + blocks * size.u;
+  const auto m = [&](int64_t b) { return Points{all_m + b * size.m, k.block, size.m_position}; };
+  std::atomic<bool> finite{true};
+  parallel(blocks, [&](int64_t b) { k.winograd_filters(w, b, u + b * size.u); });
+  for (int64_t begin = 0; begin < grid.count(); begin += plan.tiles) {
+    const TileRange tiles{grid, begin, std::min(begin + plan.tiles, grid.count())};
+    const int64_t count = tiles.end - tiles.begin, shares = ceil_div(count, share);
+    shared_input(k, x, tiles, v, parallel);
+    parallel(36 * parts, [&](int64_t job) {
+      const int point = int(job / parts);
+      const int64_t part = job % parts;
+      for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b)
+        k.winograd_multiply(v, count, x.c, u + b * size.u, m(b), point, point + 1, false);
     });
-    parallel(blocks, [&](int64_t b) {
-      float* m = scratch(size.m + (chunks > 1 ? 0 : size.u));
-      float* u = chunks > 1 ? all_u + b * size.u : m + size.m;
-      if (chunks == 1) k.winograd_filters(w, b, u);
-      k.winograd_multiply(v, count, x.c, u, m);
-      if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
+    parallel(blocks * shares, [&](int64_t job) {
+      const int64_t b = job / shares, from = job % shares * share, to = std::min(from + share, count);
+      if (!k.winograd_output(m(b).from(from), {grid, begin + from, begin + to}, b, out))
+        finite.store(false, std::memory_order_relaxed);
     });
   }
   return finite;
@@ -146,16 +225,17 @@ bool grad_weight_winograd(const Kernels& k, const Plan& plan, const Image& x, co
   const TileGrid grid = tile_grid(x.n, x.h, x.w);
   const int64_t v_row = points_row(x.c, m), z_row = points_row(dz.c, m), padded = round_up(dz.c, k.block);
   const int64_t blocks = padded / k.block, groups = ceil_div(grid.count(), bias_group);
-  float *v_data = workspace, *z_data = v_data + 36 * plan.tiles * v_row, *s = z_data + 36 * plan.tiles * z_row;
+  float *v_data = workspace, *z_data = v_data + 36 * odd_lines(plan.tiles * v_row),
+        *s = z_data + 36 * odd_lines(plan.tiles * z_row);
   float* bias_sums = s + 36 * x.c * padded;
   for (int64_t begin = 0; begin < grid.count(); begin += plan.tiles) {
     const int64_t count = std::min(plan.tiles, grid.count() - begin);
-    const Points v = points(v_data, v_row, count), z = points(z_data, z_row, count);
+    const Points v{v_data, v_row, odd_lines(count * v_row)}, z{z_data, z_row, odd_lines(count * z_row)};
     parallel(ceil_div(count, bias_group), [&](int64_t i) {
       const int64_t from = i * bias_group, to = std::min(from + bias_group, count);
       const TileRange tiles{grid, begin + from, begin + to};
-      k.winograd_input(x, tiles, {v.data + from * v.row, v.row, v.position});
-      k.winograd_grad_output(dz, tiles, {z.data + from * z.row, z.row, z.position}, bias_sums + (begin / bias_group + i) * padded);
+      k.winograd_input(x, tiles, v.from(from));
+      k.winograd_grad_output(dz, tiles, z.from(from), bias_sums + (begin / bias_group + i) * padded);
     });
     parallel(36 * blocks, [&](int64_t job) {
       const int64_t i = job / blocks, b = job % blocks;
@@ -185,15 +265,17 @@ int64_t forward_workspace(const Kernels& k, const Plan& plan, const Image& x, co
   const int64_t direct = direct_workspace(k, x, w); // Winograd may have to be repeated directly
   if (plan.algorithm == Algorithm::direct) return direct;
   const Sizes size(k, plan, x.c);
-  const int64_t u = ceil_div(w.out, k.block) * size.u;
-  if (plan.fused) return std::max(u, direct);
-  return std::max(size.v + (tile_grid(x.n, x.h, x.w).count() > plan.tiles ? u : 0), direct);
+  if (plan.schedule == Schedule::tile_fused) return std::max(ceil_div(w.out, k.block) * size.u, direct);
+  if (plan.schedule == Schedule::channels_split) return std::max(size.v, direct);
+  return std::max(size.v + ceil_div(w.out, k.block) * (size.u + size.m), direct);
 }
 
 void forward(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* workspace,
              const Parallel& parallel) {
   if (plan.algorithm == Algorithm::winograd) {
-    const auto run = plan.fused ? forward_tile_fused : forward_channels_split;
+    const auto run = plan.schedule == Schedule::tile_fused       ? forward_tile_fused
+                     : plan.schedule == Schedule::channels_split ? forward_channels_split
+                                                                 : forward_points_split;
     if (run(k, plan, x, w, out, workspace, parallel)) return;
   }
   forward_direct(k, plan.algorithm == Algorithm::direct ? plan : plan_direct(x.c, x.h, x.w, "Inf or NaN"), x, w, out, workspace,
@@ -205,7 +287,8 @@ int64_t grad_weight_workspace(const Kernels& k, const Plan& plan, const Image& x
   if (plan.algorithm == Algorithm::direct) return direct;
   const Machine m = machine(k, 1);
   const int64_t padded = round_up(dz.c, k.block), groups = ceil_div(tile_grid(x.n, x.h, x.w).count(), bias_group);
-  const int64_t winograd = 36 * plan.tiles * (points_row(x.c, m) + points_row(dz.c, m)) + 36 * x.c * padded + groups * padded;
+  const int64_t winograd = 36 * (odd_lines(plan.tiles * points_row(x.c, m)) + odd_lines(plan.tiles * points_row(dz.c, m))) +
+                           36 * x.c * padded + groups * padded;
   return std::max(direct, winograd);
 }
 

@@ -23,7 +23,7 @@ static constexpr Kernels table = {
     },
     [](const Filters& w, int64_t block, float* u) { VGGFAST_TYPED(w.dtype, winograd_filters<T>(w, block, u)); },
     winograd_multiply,
-    [](const float* m, const TileRange& tiles, int64_t block, const Output& out) {
+    [](const Points& m, const TileRange& tiles, int64_t block, const Output& out) {
       return VGGFAST_TYPED(out.dtype, winograd_output<T>(m, tiles, block, out));
     },
     winograd_accumulate,

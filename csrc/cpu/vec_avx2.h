@@ -29,6 +29,8 @@ struct Vec {
   void store(T* p) const {
     _mm_storeu_si128((__m128i*)p, narrow(p));
   }
+  // Past the caches; p is aligned to a vector. Call fence_streams() before another thread may read.
+  void stream(float* p) const { _mm256_stream_ps(p, reg); }
   void store_first(float* p, int n) const { _mm256_maskstore_ps(p, first(n), reg); }
   template <class T>
   void store_first(T* p, int n) const {
@@ -73,8 +75,8 @@ static inline Vec fma(Vec a, Vec b, Vec c) { // a * b + c
 }
 
 // As torch: relu(NaN) = NaN and relu(-0.0) = -0.0. The instruction returns its second operand in both cases.
-static inline Vec relu(Vec v) {
-  return {_mm256_max_ps(_mm256_setzero_ps(), v.reg)};
+static inline Vec at_least(Vec floor, Vec v) {
+  return {_mm256_max_ps(floor.reg, v.reg)};
 }
 static inline Mask not_below_or_zero(Vec v) { // !(v <= 0): true for NaN
   return _mm256_cmp_ps(v.reg, _mm256_setzero_ps(), _CMP_NLE_UQ);
@@ -92,4 +94,30 @@ static inline Mask argmax_is(uint32_t packed, int position) { // lane l compares
   const __m256i shifts = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
   const __m256i lanes = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(int(packed)), shifts), _mm256_set1_epi32(3));
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(lanes, _mm256_set1_epi32(position)));
+}
+
+// v[i] lane j <-> v[j] lane i.
+static inline void transpose(Vec (&v)[8]) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) { // pairs of floats within 128 bits
+    a[i] = _mm256_unpacklo_ps(v[i].reg, v[i + 1].reg);
+    a[i + 1] = _mm256_unpackhi_ps(v[i].reg, v[i + 1].reg);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) { // four floats: b[4 g + c] holds columns c and c + 4 of rows 4 g to 4 g + 3
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    v[c].reg = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+    v[4 + c].reg = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+  }
+}
+
+static inline void fence_streams() {
+  _mm_sfence();
 }

@@ -25,6 +25,8 @@ struct Vec {
   void store(T* p) const {
     _mm256_storeu_si256((__m256i*)p, narrow(p));
   }
+  // Past the caches; p is aligned to a vector. Call fence_streams() before another thread may read.
+  void stream(float* p) const { _mm512_stream_ps(p, reg); }
   void store_first(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), reg); }
   template <class T>
   void store_first(T* p, int n) const {
@@ -66,8 +68,8 @@ static inline Vec fma(Vec a, Vec b, Vec c) { // a * b + c
 }
 
 // As torch: relu(NaN) = NaN and relu(-0.0) = -0.0. The instruction returns its second operand in both cases.
-static inline Vec relu(Vec v) {
-  return {_mm512_max_ps(_mm512_setzero_ps(), v.reg)};
+static inline Vec at_least(Vec floor, Vec v) {
+  return {_mm512_max_ps(floor.reg, v.reg)};
 }
 static inline Mask not_below_or_zero(Vec v) { // !(v <= 0): true for NaN
   return _mm512_cmp_ps_mask(v.reg, _mm512_setzero_ps(), _CMP_NLE_UQ);
@@ -85,4 +87,34 @@ static inline Mask argmax_is(uint32_t packed, int position) { // lane l compares
   const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i lanes = _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(int(packed)), shifts), _mm512_set1_epi32(3));
   return _mm512_cmpeq_epi32_mask(lanes, _mm512_set1_epi32(position));
+}
+
+// v[i] lane j <-> v[j] lane i.
+static inline void transpose(Vec (&v)[16]) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) { // pairs of floats within 128 bits
+    a[i] = _mm512_unpacklo_ps(v[i].reg, v[i + 1].reg);
+    a[i + 1] = _mm512_unpackhi_ps(v[i].reg, v[i + 1].reg);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) { // four floats: b[4 g + c] holds columns c, c + 4, c + 8, c + 12 of rows 4 g to 4 g + 3
+    b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) { // the 4x4 of 128-bit parts
+    const __m512 low01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88), high01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
+    const __m512 low23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88), high23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+    v[c].reg = _mm512_shuffle_f32x4(low01, low23, 0x88);
+    v[4 + c].reg = _mm512_shuffle_f32x4(high01, high23, 0x88);
+    v[8 + c].reg = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+    v[12 + c].reg = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+  }
+}
+
+static inline void fence_streams() {
+  _mm_sfence();
 }

@@ -32,6 +32,7 @@ struct Vec {
     for (int i = 0; i < 4; ++i) from_float(reg[i], p + i);
   }
   void store(float* p) const { memcpy(p, &reg, 16); }
+  void stream(float* p) const { store(p); }
   template <class T>
   void store_first(T* p, int n) const {
     T lanes[4];
@@ -78,6 +79,18 @@ static inline Mask argmax_is(uint32_t packed, int position) { // lane l compares
   return (Mask{p, p >> 2, p >> 4, p >> 6} & 3) == position;
 }
 // As torch: relu(NaN) = NaN and relu(-0.0) = -0.0.
-static inline Vec relu(Vec v) {
-  return select(v.reg < Vec::zero().reg, Vec::zero(), v);
+static inline Vec at_least(Vec floor, Vec v) {
+  return select(v.reg < floor.reg, floor, v);
 }
+
+// v[i] lane j <-> v[j] lane i.
+static inline void transpose(Vec (&v)[4]) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float other = v[i].reg[j];
+      v[i].reg[j] = v[j].reg[i];
+      v[j].reg[i] = other;
+    }
+}
+
+static inline void fence_streams() {}

@@ -74,19 +74,84 @@ static inline void both_dimensions(const Vec (&in)[from][from], Vec (&out)[to][t
   for (int i = 0; i < to; ++i) transform(half[i], out[i]);
 }
 
+// B^T d B of the patch whose pixel (i, j) is at d + i * row + j * column. Points are made a pair of rows at a time, from pixels
+// that are loaded again for each pair: loads are cheap beside the stores, and a whole 6x6 of vectors would not fit the registers.
+static inline void input_tile(const float* d, int64_t row, int64_t column, float* v, int64_t position) {
+  const int64_t columns[6] = {0, column, 2 * column, 3 * column, 4 * column, 5 * column};
+  const float *d0 = d, *d1 = d0 + row, *d2 = d1 + row, *d3 = d2 + row, *d4 = d3 + row, *d5 = d4 + row;
+  const auto store_row = [&](int i, const Vec(&half)[6]) {
+    Vec out[6];
+    input_1d(half, out);
+    float* p = v + 6 * i * position;
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j, p += position) out[j].store(p);
+  };
+  const auto outer_row = [&](int i, const float* a, const float* b, const float* c) { // points 0 and infinity
+    Vec half[6];
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j)
+      half[j] = fma(Vec::set(-2.5f), Vec::load(b + columns[j]), Vec::load(a + columns[j]) + Vec::load(c + columns[j]));
+    store_row(i, half);
+  };
+  const auto inner_rows = [&](int i, float inverse, float root) { // points +-root
+    Vec plus[6], minus[6];
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) {
+      const Vec even = fma(Vec::set(inverse), Vec::load(d2 + columns[j]), Vec::load(d4 + columns[j]));
+      const Vec odd = Vec::set(root) * fma(Vec::set(inverse), Vec::load(d1 + columns[j]), Vec::load(d3 + columns[j]));
+      plus[j] = even + odd, minus[j] = even - odd;
+    }
+    store_row(i, plus);
+    store_row(i + 1, minus);
+  };
+  outer_row(0, d0, d2, d4);
+  inner_rows(1, -2.f, kA);
+  inner_rows(3, -.5f, kB);
+  outer_row(5, d1, d3, d5);
+}
+
 // V[36][tile][v_row] of the tiles' input patches.
 template <class T>
 static void winograd_input(const Image& x, const TileRange& tiles, const Points& v) {
-  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-    const Tile tile = tiles.grid.at(t);
-    for (int64_t c = 0; c < x.c; c += Vec::width) {
-      Vec patch[6][6], points[6][6];
-      load_any_patch<T>(x, tile.n, 4 * tile.row - 1, 4 * tile.col - 1, c, lanes_from(c, x.c), patch);
-      both_dimensions(patch, points, [](const Vec(&d)[6], Vec(&out)[6]) { input_1d(d, out); });
-      float* p = v.data + (t - tiles.begin) * v.row + c;
-      for (int i = 0; i < 36; ++i) points[i / 6][i % 6].store(p + i * v.position);
+  const int64_t whole = std::is_same_v<T, float> && x.kind == ImageKind::plain ? x.c / Vec::width * Vec::width : 0;
+  Tile tile = tiles.grid.at(tiles.begin);
+  for (int64_t t = tiles.begin; t < tiles.end; ++t, tiles.grid.next(tile)) {
+    const int64_t h = 4 * tile.row - 1, w = 4 * tile.col - 1;
+    float* p = v.data + (t - tiles.begin) * v.row;
+    const bool inside = h >= 0 && w >= 0 && h + 6 <= x.h && w + 6 <= x.w;
+    int64_t c = 0;
+    for (; inside && c < whole; c += Vec::width) // straight from the image
+      input_tile((const float*)x.data + tile.n * x.stride_n + h * x.stride_h + w * x.stride_w + c, x.stride_h, x.stride_w, p + c,
+                 v.position);
+    for (; c < x.c; c += Vec::width) {
+      Patch<6> patch;
+      load_any_patch<T>(x, tile.n, h, w, c, lanes_from(c, x.c), patch);
+      input_tile(patch.data, 6 * Vec::width, Vec::width, p + c, v.position);
     }
   }
+}
+
+// A dY A^T of a 4x4 patch of output gradients; returns the sum of its 16 pixels.
+static inline Vec grad_output_tile(Patch<4>& patch, float* z, int64_t position) {
+  Vec half[6][4], sum = Vec::zero();
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    Vec column[4], points[6];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) column[i] = Vec::load(patch.at(i, j));
+    sum = sum + ((column[0] + column[1]) + (column[2] + column[3]));
+    grad_output_1d(column, points);
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) half[i][j] = points[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < 6; ++i) {
+    Vec points[6];
+    grad_output_1d(half[i], points);
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) points[j].store(z + (6 * i + j) * position);
+  }
+  return sum;
 }
 
 // Z[36][tile][z_row] of the tiles' output gradients, zero up to a whole block of channels; bias_sum[c] = their sums.
@@ -94,22 +159,37 @@ template <class T>
 static void winograd_grad_output(const Image& dz, const TileRange& tiles, const Points& z, float* bias_sum) {
   const int64_t padded = round_up(dz.c, kBlock);
   memset(bias_sum, 0, padded * sizeof(float));
-  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-    const Tile tile = tiles.grid.at(t);
+  Tile tile = tiles.grid.at(tiles.begin);
+  for (int64_t t = tiles.begin; t < tiles.end; ++t, tiles.grid.next(tile))
     for (int64_t c = 0; c < padded; c += Vec::width) {
       float* p = z.data + (t - tiles.begin) * z.row + c;
       if (c >= dz.c) {
         for (int i = 0; i < 36; ++i) Vec::zero().store(p + i * z.position);
         continue;
       }
-      Vec patch[4][4], points[6][6];
+      Patch<4> patch;
       load_any_patch<T>(dz, tile.n, 4 * tile.row, 4 * tile.col, c, lanes_from(c, dz.c), patch);
-      Vec sum = Vec::zero();
-      for (int i = 0; i < 4; ++i) sum = sum + ((patch[i][0] + patch[i][1]) + (patch[i][2] + patch[i][3]));
-      (Vec::load(bias_sum + c) + sum).store(bias_sum + c);
-      both_dimensions(patch, points, [](const Vec(&g)[4], Vec(&out)[6]) { grad_output_1d(g, out); });
-      for (int i = 0; i < 36; ++i) points[i / 6][i % 6].store(p + i * z.position);
+      (Vec::load(bias_sum + c) + grad_output_tile(patch, p, z.position)).store(bias_sum + c);
     }
+}
+
+// G g G^T of a vector of filters; tap (i, j) is at taps + (3 * i + j) * kBlock.
+static inline void filter_tile(const float* taps, float* u, int64_t position) {
+  Vec half[6][3];
+#pragma GCC unroll 3
+  for (int j = 0; j < 3; ++j) {
+    const Vec column[3] = {Vec::load(taps + j * kBlock), Vec::load(taps + (3 + j) * kBlock), Vec::load(taps + (6 + j) * kBlock)};
+    Vec points[6];
+    filter_1d(column, points);
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) half[i][j] = points[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < 6; ++i) {
+    Vec points[6];
+    filter_1d(half[i], points);
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j, u += position) points[j].store(u);
   }
 }
 
@@ -117,76 +197,114 @@ static void winograd_grad_output(const Image& dz, const TileRange& tiles, const 
 template <class T>
 static void winograd_filters(const Filters& w, int64_t block, float* u) {
   const int64_t k0 = block * kBlock, lanes = w.out - k0 < kBlock ? w.out - k0 : kBlock;
-  float taps[9][kBlock] = {};
+  alignas(64) Taps taps = {};
   for (int64_t c = 0; c < w.in; ++c) {
     gather_taps<T>(w, k0, lanes, c, taps);
-    for (int v = 0; v < kBlock; v += Vec::width) {
-      Vec g[3][3], points[6][6];
-      for (int i = 0; i < 9; ++i) g[i / 3][i % 3] = Vec::load(taps[i] + v);
-      both_dimensions(g, points, [](const Vec(&taps)[3], Vec(&out)[6]) { filter_1d(taps, out); });
-      for (int i = 0; i < 36; ++i) points[i / 6][i % 6].store(u + (i * w.in + c) * kBlock + v);
-    }
+    for (int v = 0; v < kBlock; v += Vec::width) filter_tile(taps[0] + v, u + c * kBlock + v, filters_position(w.in, kBlock));
   }
 }
 
-// M[36][tiles][kBlock] = V U for one block of output channels.
-static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const float* u, float* m) {
-  for (int i = 0; i < 36; ++i) {
-    float* out = m + i * tiles * kBlock;
-    const Product product{v.data + i * v.position, v.row, 1, 0, u + i * in * kBlock, kBlock, 0, in, 1};
-    for_each_row_block(tiles, product, [&](int64_t t, const Vec(&acc)[kVecs]) {
-      for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * kBlock + k * Vec::width);
-    });
+// M[first ... last][tiles][kBlock] = V U, or += V U with `add`, for one block of output channels.
+static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int first, int last,
+                              bool add) {
+  for (int i = first; i < last; ++i) {
+    float* out = m.data + i * m.position;
+    const Product product{v.data + i * v.position, v.row, 1, 0, u + i * filters_position(in, kBlock), kBlock, 0, in, 1,
+                          kRows * v.row,           16}; // the next rows' V
+    const auto finish = [&](int64_t t, const Vec(&acc)[kVecs]) {
+      for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * m.row + k * Vec::width);
+    };
+    if (add)
+      for_each_row_block(tiles, product, [&](int64_t t, int k) { return Vec::load(out + t * m.row + k * Vec::width); }, finish);
+    else
+      for_each_row_block(tiles, product, StartAtZero(), finish);
   }
 }
 
-// Bias, ReLU, pool and argmax of one tile and one vector of channels, from registers to memory.
+// A^T M A of one tile and one vector of channels; point (i, j) of M is at m + (6 * i + j) * position.
+static inline void output_tile(const float* m, int64_t position, Vec (&y)[4][4]) {
+  Vec half[4][6];
+#pragma GCC unroll 6
+  for (int j = 0; j < 6; ++j) {
+    Vec column[6], result[4];
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) column[i] = Vec::load(m + (6 * i + j) * position);
+    output_1d(column, result);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) half[i][j] = result[i];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) output_1d(half[i], y[i]);
+}
+
+// Pool and argmax of one tile and one vector of channels, from registers to memory.
 template <class T>
-static inline void store_tile(const Output& out, const Tile& tile, int64_t k, int lanes, Vec (&y)[4][4]) {
-  for (int i = 0; i < 16; ++i) y[i / 4][i % 4] = finish_pixel(out, k, y[i / 4][i % 4]);
+static inline void store_tile(const Output& out, const Tile& tile, int64_t k, int lanes, const Vec (&y)[4][4]) {
   T* data = (T*)out.data;
   const int64_t h = 4 * tile.row, w = 4 * tile.col;
-  if (!out.pool) {
-    for (int i = 0; i < 4 && h + i < out.h; ++i)
-      for (int j = 0; j < 4 && w + j < out.w; ++j)
-        store_lanes(y[i][j], data + ((tile.n * out.h + h + i) * out.w + w + j) * out.c + k, lanes);
+  if (out.pool) {
+    const int64_t pooled_h = out.h / 2, pooled_w = out.w / 2;
+    for (int i = 0; i < 2 && h / 2 + i < pooled_h; ++i)
+      for (int j = 0; j < 2 && w / 2 + j < pooled_w; ++j)
+        store_pooled<T>(out, (tile.n * pooled_h + h / 2 + i) * pooled_w + w / 2 + j, k, lanes, y[2 * i][2 * j], y[2 * i][2 * j + 1],
+                        y[2 * i + 1][2 * j], y[2 * i + 1][2 * j + 1]);
     return;
   }
-  const int64_t pooled_h = out.h / 2, pooled_w = out.w / 2;
-  for (int i = 0; i < 2 && h / 2 + i < pooled_h; ++i)
-    for (int j = 0; j < 2 && w / 2 + j < pooled_w; ++j)
-      store_pooled<T>(out, (tile.n * pooled_h + h / 2 + i) * pooled_w + w / 2 + j, k, lanes, y[2 * i][2 * j], y[2 * i][2 * j + 1],
-                      y[2 * i + 1][2 * j], y[2 * i + 1][2 * j + 1]);
+  T* corner = data + ((tile.n * out.h + h) * out.w + w) * out.c + k;
+  if (lanes == Vec::width && h + 4 <= out.h && w + 4 <= out.w) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (out.stream) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) y[i][j].stream(corner + (i * out.w + j) * out.c);
+        return;
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) y[i][j].store(corner + (i * out.w + j) * out.c);
+    return;
+  }
+  for (int i = 0; i < 4 && h + i < out.h; ++i)
+    for (int j = 0; j < 4 && w + j < out.w; ++j) store_lanes(y[i][j], corner + (i * out.w + j) * out.c, lanes);
 }
 
 // Y of one block of output channels. False if any result is Inf or NaN: the transforms spread one such input over a whole tile
 // (and may overflow where the convolution does not), so the caller then repeats the layer with the direct kernel.
 template <class T>
-static bool winograd_output(const float* m, const TileRange& tiles, int64_t block, const Output& out) {
+static bool winograd_output(const Points& m, const TileRange& tiles, int64_t block, const Output& out) {
   const int64_t count = tiles.end - tiles.begin;
   Vec spoiled = Vec::zero();
-  for (int64_t t = 0; t < count; ++t) {
-    const Tile tile = tiles.grid.at(tiles.begin + t);
-    for (int v = 0; v < kBlock; v += Vec::width) {
-      const int64_t k = block * kBlock + v;
-      if (k >= out.c) break;
-      Vec points[6][6], y[4][4];
-      for (int i = 0; i < 36; ++i) points[i / 6][i % 6] = Vec::load(m + (i * count + t) * kBlock + v);
-      both_dimensions(points, y, [](const Vec(&p)[6], Vec(&o)[4]) { output_1d(p, o); });
-      Vec sum = Vec::zero();
-      for (int i = 0; i < 4; ++i) sum = sum + ((y[i][0] + y[i][1]) + (y[i][2] + y[i][3]));
+  for (int v = 0; v < kBlock; v += Vec::width) {
+    const int64_t k = block * kBlock + v;
+    if (k >= out.c) break;
+    const int lanes = lanes_from(k, out.c);
+    const Epilogue epilogue(out, k);
+    Tile tile = tiles.grid.at(tiles.begin);
+    for (int64_t t = 0; t < count; ++t, tiles.grid.next(tile)) {
+      Vec y[4][4], sum = Vec::zero();
+      output_tile(m.data + t * m.row + v, m.position, y);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        sum = sum + ((y[i][0] + y[i][1]) + (y[i][2] + y[i][3]));
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) y[i][j] = epilogue(y[i][j]);
+      }
       spoiled = spoiled + (sum - sum); // 0 for finite values, NaN otherwise
-      store_tile<T>(out, tile, k, lanes_from(k, out.c), y);
+      store_tile<T>(out, tile, k, lanes, y);
     }
   }
+  if (out.stream) fence_streams();
   return all_zero(spoiled);
 }
 
 // S[in][kBlock] += V^T Z at one of the 36 points, for one block of output channels.
 static void winograd_accumulate(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
                                 float* s) {
-  const Product product{v, 1, v_row, 0, z, z_row, 0, tiles, 1};
-  for_each_row_block(in, product, [&](int64_t c, const Vec(&acc)[kVecs]) {
+  const Product product{v, 1, v_row, 0, z, z_row, 0, tiles, 1, kAhead * v_row, v_row};
+  for_each_row_block(in, product, StartAtZero(), [&](int64_t c, const Vec(&acc)[kVecs]) {
     for (int k = 0; k < kVecs; ++k) {
       float* p = s + c * kBlock + k * Vec::width;
       (first ? acc[k] : Vec::load(p) + acc[k]).store(p);
@@ -199,7 +317,7 @@ template <class T>
 static bool winograd_grad_filters(const float* s, int64_t block, const Filters& dw) {
   const int64_t k0 = block * kBlock, lanes = dw.out - k0 < kBlock ? dw.out - k0 : kBlock;
   Vec spoiled = Vec::zero();
-  float taps[9][kBlock];
+  alignas(64) Taps taps;
   for (int64_t c = 0; c < dw.in; ++c) {
     for (int v = 0; v < kBlock; v += Vec::width) {
       Vec points[6][6], g[3][3];
