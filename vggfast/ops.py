@@ -172,7 +172,9 @@ def why_not_transforms() -> str:
     """Why nothing is fused under the torch.func transforms that are active now; empty if something may be."""
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if torch.compiler.is_compiling():  # dynamo sees only that there is a transform, in an object that is not None without one
+    if (
+        torch.compiler.is_compiling()
+    ):  # dynamo sees only that there is a transform, in an object that is not None without one
         transform = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
         return "a torch.func transform is compiled" if transform else ""
     if _inside_functorch():

@@ -1,0 +1,266 @@
+"""Values where an answer can be accurate and still not torch's: NaN, infinities, signed zeros, denormals, ties, overflow.
+
+Where a filter, or in a filter's gradient an incoming gradient, is NaN or infinite, products with the zero padding decide: torch's
+float64 multiplies them (0 * Inf = NaN), its float32 on a CPU leaves them out. vggfast multiplies them, in every dtype and pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import (
+    CONFIGS,
+    CONFIGS_FP32,
+    SUBNORMAL,
+    Config,
+    assert_same_bits,
+    assert_same_specials,
+    composition,
+    generator,
+    gradients,
+    normal,
+    pool_positions,
+    problem,
+)
+from torch import Tensor
+
+from vggfast import ops
+
+NAN, INF = math.nan, math.inf
+EPILOGUES = list(itertools.product([False, True], repeat=2))  # relu, pool
+NAMES = ("y", "grad x", "grad weight", "grad bias")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """The tensors are tiny; threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
+def results(function, operands: list[Tensor], grad: Tensor, relu: bool, pool: bool) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    leaves = [t.detach().requires_grad_() for t in operands]
+    y = function(*leaves, relu=relu, pool=pool)
+    return [y.detach(), *gradients(y, tuple(leaves), grad)]
+
+
+def float64_results(operands: list[Tensor], grad: Tensor, relu: bool, pool: bool) -> list[Tensor]:
+    """torch's in float64, but the input's gradient as the convolution that it is, whose padding is multiplied as the forward's."""
+    x, weight, bias = (t.detach().double().requires_grad_() for t in operands)
+    z = F.conv2d(x, weight, bias, padding=1)
+    y = F.relu(z) if relu else z
+    y = F.max_pool2d(y, 2) if pool else y
+    dz, dw, db = torch.autograd.grad(y, (z, weight, bias), grad.double())
+    return [y.detach(), F.conv2d(dz, weight.detach().flip(2, 3).transpose(0, 1), padding=1), dw, db]
+
+
+# ---- NaN and infinities ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 20, 40, 9, 11), (1, 3, 18, 8, 7)], ids=str)
+@pytest.mark.parametrize("operand", ["x", "weight", "bias", "grad"])
+def test_nan_and_infinities_are_where_torch_has_them(config: Config, shape: tuple[int, ...], operand: str) -> None:
+    """One value at a corner, an edge or inside; everything that it does not reach stays finite, whatever the tile it is in."""
+    config.use()
+    h, w = shape[3:]
+    for (relu, pool), value in itertools.product(EPILOGUES, (NAN, INF, -INF)):
+        for row, column in ((0, 0), (h - 1, w - 1), (h // 2, w // 2), (0, w - 1)):
+            operands = list(problem(*shape, config.dtype))  # type: ignore[misc]
+            size = composition(*operands, relu=relu, pool=pool).shape
+            grad = normal(*size, dtype=config.dtype, seed=5)
+            if operand == "bias":
+                operands[2][column % 18] = value
+            else:
+                target = {"x": operands[0], "weight": operands[1], "grad": grad}[operand]
+                target[0, 1, min(row, target.shape[2] - 1), min(column, target.shape[3] - 1)] = value
+            ours = results(ops.conv3x3, operands, grad, relu, pool)
+            what = f"{value} at {row, column}, relu={relu}, pool={pool}"
+            for name, got, expected in zip(NAMES, ours, float64_results(operands, grad, relu, pool), strict=True):
+                assert_same_specials(got, expected, f"{name}, {what}")
+            reached = not all(bool(t.isfinite().all()) for t in ours)
+            assert reached or (relu and value == -INF) or operand == "grad" or pool, what
+            if config.dtype == torch.float32 and operand in ("x", "bias"):
+                torchs = results(composition, operands, grad, relu, pool)
+                for name, got, expected in zip(NAMES, ours, torchs, strict=True):
+                    assert_same_specials(got, expected, f"{name}, {what}, torch's float32")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_many_special_values_at_once(config: Config) -> None:
+    config.use()
+    for seed, (relu, pool) in enumerate(EPILOGUES):
+        if pool and config.dtype != torch.float32:
+            continue  # near ties are decided after rounding, which the float64 reference does not know
+        operands = list(problem(2, 17, 33, 13, 14, config.dtype, seed=seed))
+        grad = normal(*composition(*operands, relu=relu, pool=pool).shape, dtype=config.dtype, seed=5)
+        for t in (operands[0], operands[2], grad):
+            draw = torch.rand(t.shape, generator=generator(seed))
+            for value, below in ((NAN, 0.003), (INF, 0.002), (-INF, 0.001)):
+                t[draw < below] = value
+        ours, expected = (f(operands, grad, relu, pool) for f in (lambda *a: results(ops.conv3x3, *a), float64_results))
+        for name, got, exact in zip(NAMES, ours, expected, strict=True):
+            assert_same_specials(got, exact, f"{name}, relu={relu}, pool={pool}")
+            both = got.isfinite() & exact.isfinite()
+            error = (got.double() - exact)[both].norm() / exact[both].norm().clamp_min(1)
+            assert error <= 2e-2 if config.dtype != torch.float32 else error <= 1e-5, name
+
+
+# ---- pools: ties, NaN, signed zeros -----------------------------------------------------------------------------------
+
+WINDOW_VALUES = (NAN, INF, -INF, 0.0, -0.0, 1.0)
+
+
+def all_windows(values: tuple[float, ...], channels: int, dtype: torch.dtype) -> Tensor:
+    """``[1, channels, 2, 2 * count]``: every 2x2 window of these values, in another order for every channel."""
+    windows = torch.tensor(list(itertools.product(values, repeat=4)), dtype=dtype)
+    row = windows.view(-1, 2, 2).permute(1, 0, 2).reshape(2, -1)
+    return torch.stack([row.roll(2 * 5 * c, 1) for c in range(channels)])[None]
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.algo == "direct"], ids=str)
+@pytest.mark.parametrize("channels", [1, 19])
+def test_every_window_of_special_values_is_pooled_as_torchs(config: Config, channels: int) -> None:
+    config.use()
+    x = all_windows(WINDOW_VALUES, channels, config.dtype).requires_grad_()
+    y, expected = ops.max_pool2x2(x), F.max_pool2d(x, 2)
+    assert_same_bits(y.detach(), expected.detach())
+    grad = normal(*y.shape, dtype=config.dtype)
+    grad[0, 0, 0, ::3] = -0.0
+    grad[0, 0, 0, 1::7] = NAN
+    ours, torchs = (gradients(t, (x,), grad)[0] + 0 for t in (y, expected))  # torch adds gradients to zeros: 0 + -0 = 0
+    assert_same_bits(ours, torchs, "x.grad")
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.dtype != torch.float32], ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+def test_pools_compare_what_is_stored(config: Config, relu: bool) -> None:
+    """1 and 1 +- 2^-13 are one value in 16 bits: the first of the window wins, also where its fp32 sum was less."""
+    config.use()
+    tiny = all_windows((0.0, 2.0**-13, -(2.0**-13), 0.5), 1, config.dtype)
+    x = torch.zeros(1, 18, 2, tiny.shape[3], dtype=config.dtype)
+    x[:, 0], x[:, 1] = 1, tiny[:, 0]
+    weight = torch.zeros(17, 18, 3, 3, dtype=config.dtype)
+    weight[:, :2, 1, 1] = 1
+    ours, torchs = (
+        results(
+            f,
+            [x, weight, torch.zeros(17, dtype=config.dtype)],
+            torch.ones(1, 17, 1, tiny.shape[3] // 2, dtype=config.dtype),
+            relu,
+            True,
+        )
+        for f in (ops.conv3x3, composition)
+    )
+    assert_same_bits(ours[0], torchs[0], "y")
+    assert torch.equal(ours[1][0, 0] > 16, torchs[1][0, 0] > 16)  # where 17 filters' gradients meet
+    _, position = pool_positions(1 + tiny.float())
+    assert not torch.equal(pool_positions((1 + tiny.float()).to(config.dtype))[1], position)  # rounding did decide
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_zeros_have_torchs_sign(config: Config) -> None:
+    config.use()
+
+    def signed_zeros(*shape: int, seed: int) -> Tensor:
+        return torch.where(torch.rand(shape, generator=generator(seed)) < 0.5, 0.0, -0.0).to(config.dtype)
+
+    for relu, pool in EPILOGUES:
+        operands = [
+            signed_zeros(2, 18, 7, 6, seed=0),
+            normal(20, 18, 3, 3, dtype=config.dtype),
+            signed_zeros(20, seed=1),
+        ]
+        size = composition(*operands, relu=relu, pool=pool).shape
+        for grad in (signed_zeros(*size, seed=2), normal(*size, dtype=config.dtype)):
+            ours, torchs = (results(f, operands, grad, relu, pool) for f in (ops.conv3x3, composition))
+            assert_same_bits(ours[0], torchs[0], "y")
+            if relu:  # 0 and -0 are both shut
+                assert not any(t.any() for t in ours[1:])
+
+
+# ---- overflow and underflow -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("pool", [False, True])
+def test_the_edge_of_the_storage_type(config: Config, pool: bool) -> None:
+    """Sums of two values around the largest: what rounds above it is infinite, what was above on the way only is not."""
+    config.use()
+    top = torch.finfo(config.dtype).max
+    step = top - float(
+        torch.nextafter(torch.tensor(top, dtype=config.dtype), torch.tensor(0, dtype=config.dtype)).double()
+    )
+    small = [0, step / 4, step / 2 + step / 8, step, -step / 4]
+    if config.algo == "direct":
+        small.append(step / 2)  # halfway, to even: infinity. Winograd's rounding may fall to either side
+    x = torch.zeros(1, 18, 2, 2 * len(small), dtype=config.dtype)
+    x[0, 0], x[0, 1, :, ::2] = top, torch.tensor(small, dtype=torch.float64).to(config.dtype)
+    x[0, 2], x[0, 3] = top, -top
+    weight = torch.zeros(20, 18, 3, 3, dtype=config.dtype)
+    weight[:, :2, 1, 1] = 1
+    weight[5:10, :2, 1, 1] = -1
+    if config.dtype == torch.float16:  # in fp32, where the sum is made, it is far from overflow on its way
+        weight[10:, 2:4, 1, 1] = 1
+    ours, torchs = (f(x, weight, relu=False, pool=pool) for f in (ops.conv3x3, composition))
+    assert_same_specials(ours, composition(x.double(), weight.double(), relu=False, pool=pool).to(config.dtype))
+    assert_same_bits(ours, torchs)
+    assert 0 < int(ours.isinf().sum()) < ours.numel()
+
+
+@pytest.mark.parametrize("config", CONFIGS_FP32, ids=str)
+def test_no_overflow_where_the_convolution_has_none(config: Config) -> None:
+    """Winograd's transforms add up to 6x6 values of alternating sign: finite results of torch's must be finite here."""
+    config.use()
+    x, weight, bias = problem(2, 18, 20, 9, 10)
+    operands, grad = [x * 6e37, weight / 50, bias], normal(2, 20, 9, 10, seed=3) * 6e37
+    ours, exact = results(ops.conv3x3, operands, grad, False, False), float64_results(operands, grad, False, False)
+    for name, got, expected in list(zip(NAMES, ours, exact, strict=True))[:2]:
+        assert bool(got.isfinite().all()), name
+        assert float((got.double() - expected).norm() / expected.norm()) <= 5e-6, name
+    image, grad = normal(2, 18, 9, 10) * 1e18, normal(2, 20, 9, 10, seed=3) * 1e18
+    got, expected = (
+        f([image, weight, bias], grad, False, False)[2] for f in (lambda *a: results(ops.conv3x3, *a), float64_results)
+    )
+    assert bool(got.isfinite().all())
+    assert float((got.double() - expected).norm() / expected.norm()) <= 5e-6
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("operand", ["x", "weight", "grad"])
+def test_denormals_are_kept(config: Config, operand: str) -> None:
+    """Operands below the smallest normal number: results are off by a few of the smallest steps (Winograd in fp32: of 2^-149)."""
+    config.use()
+    step = 2 * SUBNORMAL[config.dtype]
+    operands, grad = list(problem(2, 18, 20, 9, 10, config.dtype)), normal(2, 20, 9, 10, dtype=config.dtype, seed=4)
+    operands[2] *= 0
+    values = {"x": operands[0], "weight": operands[1], "grad": grad}[operand]
+    values.copy_(torch.randint(-100, 101, values.shape, generator=generator(7)).double() * step)
+    assert 0 < float(values.abs().max()) < torch.finfo(config.dtype).tiny
+    ours, exact = results(ops.conv3x3, operands, grad, False, False), float64_results(operands, grad, False, False)
+    steps = 2.0  # a 16-bit result is rounded once
+    if config.dtype == torch.float32:  # here each of the 180 products is
+        steps = 512 if config.algo == "winograd" else 32
+    for i in {"x": (0, 2), "weight": (0, 1), "grad": (1, 2, 3)}[operand]:
+        assert ours[i].any(), NAMES[i]
+        error = float((ours[i].double() - exact[i]).abs().max())
+        rounding = float(exact[i].abs().max()) * torch.finfo(config.dtype).eps
+        assert error <= steps * step + rounding, f"{NAMES[i]}: {error / step} steps"
+    pooled = ops.conv3x3(*operands, relu=False, pool=True)
+    assert_same_bits(pooled, F.max_pool2d(ours[0], 2))
+
+
+def test_flushing_denormals_is_obeyed_as_torch_obeys_it() -> None:
+    torch.set_num_threads(1)
+    x, weight = torch.full((1, 16, 8, 8), 1e-40), torch.zeros(16, 16, 3, 3)
+    weight[range(16), range(16), 1, 1] = 1
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    flushed = ops.conv3x3(x, weight), composition(x, weight)
+    torch.set_flush_denormal(False)
+    assert not flushed[0].any()
+    assert not flushed[1].any()
+    assert ops.conv3x3(x, weight).max() > 0.9e-40
