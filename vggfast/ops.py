@@ -145,9 +145,10 @@ def _why_not_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, pool: bool)
 
 
 def _why_not_max_pool2x2(x: Tensor) -> str:
-    if torch.is_autocast_enabled(x.device.type) and x.dtype not in _DTYPES:
+    reason = _why_not_image(x, pool=True)
+    if not reason and x.dtype not in _DTYPES:  # autocast would cast it for a convolution, not for a pool
         return f"no fused kernel for {x.dtype}"
-    return _why_not_image(x, pool=True)
+    return reason
 
 
 def _why_not_image(x: Tensor, pool: bool) -> str:
@@ -172,9 +173,8 @@ def why_not_transforms() -> str:
     """Why nothing is fused under the torch.func transforms that are active now; empty if something may be."""
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if (
-        torch.compiler.is_compiling()
-    ):  # dynamo sees only that there is a transform, in an object that is not None without one
+    if torch.compiler.is_compiling():
+        # Dynamo sees that there is a transform, not which; without one it sees an object that holds None.
         transform = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
         return "a torch.func transform is compiled" if transform else ""
     if _inside_functorch():
@@ -209,6 +209,12 @@ def _aten_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, po
 # ---- shapes and strides without data -------------------------------------------------------------------------------
 
 
+def _image_size(name: str, image: Tensor) -> torch.Size:
+    if image.dim() != 4:
+        raise RuntimeError(f"{name}: expected [N, C, H, W], got {list(image.shape)}")
+    return image.shape
+
+
 def _empty_nhwc(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
     return torch.empty((n, c, h, w), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
@@ -221,8 +227,10 @@ def _empty_argmax(like: Tensor, wanted: bool, n: int, c: int, h: int, w: int) ->
 def _fake_conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, pool: bool, save_argmax: bool
 ) -> tuple[Tensor, Tensor]:
-    n, _, h, w = x.shape
+    n, c_in, h, w = _image_size("x", x)
     c = weight.shape[0]
+    if tuple(weight.shape[1:]) != (c_in, 3, 3):
+        raise RuntimeError(f"weight: expected [C_out, {c_in}, 3, 3] for x {list(x.shape)}, got {list(weight.shape)}")
     y = _empty_nhwc(x, n, c, h // 2, w // 2) if pool else _empty_nhwc(x, n, c, h, w)
     return y, _empty_argmax(x, pool and save_argmax, n, c, h, w)
 
@@ -230,22 +238,24 @@ def _fake_conv3x3(
 def _fake_conv3x3_grad_input(
     grad: Tensor, weight: Tensor, y: Tensor | None, argmax: Tensor | None, h: int, w: int
 ) -> Tensor:
-    return _empty_nhwc(grad, grad.shape[0], weight.shape[1], h, w)
+    return _empty_nhwc(grad, _image_size("grad", grad)[0], weight.shape[1], h, w)
 
 
 def _fake_conv3x3_grad_weight(
     x: Tensor, grad: Tensor, y: Tensor | None, argmax: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty((grad.shape[1], x.shape[1], 3, 3)), x.new_empty((grad.shape[1],))
+    c_in, c_out = _image_size("x", x)[1], _image_size("grad", grad)[1]
+    return x.new_empty((c_out, c_in, 3, 3)), x.new_empty((c_out,))
 
 
 def _fake_max_pool2x2(x: Tensor, save_argmax: bool) -> tuple[Tensor, Tensor]:
-    n, c, h, w = x.shape
+    n, c, h, w = _image_size("x", x)
     return _empty_nhwc(x, n, c, h // 2, w // 2), _empty_argmax(x, save_argmax, n, c, h, w)
 
 
 def _fake_max_pool2x2_grad(grad: Tensor, argmax: Tensor, h: int, w: int) -> Tensor:
-    return _empty_nhwc(grad, grad.shape[0], grad.shape[1], h, w)
+    n, c, _, _ = _image_size("grad", grad)
+    return _empty_nhwc(grad, n, c, h, w)
 
 
 for _fake in (

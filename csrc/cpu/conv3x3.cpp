@@ -193,6 +193,9 @@ void set_conv_algo(const std::string& name) {
 }
 
 std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w) {
+  for (int64_t size : {n, in, out, h, w})
+    if (size < 1 || size > (int64_t(1) << 40))
+      throw std::invalid_argument("sizes: expected 1 ... 2^40, got " + std::to_string(size));
   const Kernels& k = kernels();
   const Machine m = this_machine(k);
   if (pass == "forward") return to_string(choose_plan(n, in, out, h, w, m, algo()));
