@@ -1,0 +1,362 @@
+"""The ways people run a network: training in several processes and threads, compiled, traced, exported, checkpointed, offloaded.
+
+Each is done twice, to a network that fuses and to plain torch modules with the same weights, and must give the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from network_reference import error
+from reference import WINOGRAD_BOUND, normal
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader, Dataset
+
+from vggfast import VGG11, FusedSequential, explain, ops
+
+BOUND = 8 * WINOGRAD_BOUND  # three convolutions, beside torch's own error
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def layers(inplace: bool = True) -> list[nn.Module]:
+    torch.manual_seed(0)
+    act = lambda: nn.ReLU(inplace=inplace)  # noqa: E731
+    return [
+        *(nn.Conv2d(3, 16, 3, padding=1), act()),
+        *(nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24).eval(), act(), nn.MaxPool2d(2, 2)),
+        *(nn.Conv2d(24, 16, 3, padding=1), act(), nn.MaxPool2d(2, 2), nn.Flatten(), nn.Linear(256, 5)),
+    ]
+
+
+def pair(inplace: bool = True) -> tuple[FusedSequential, nn.Sequential]:
+    return FusedSequential(*layers(inplace)).eval(), nn.Sequential(*layers(inplace)).eval()
+
+
+def image(seed: int = 0, n: int = 2, size: int = 16) -> Tensor:
+    return normal(n, 3, size, size, seed=seed)
+
+
+def backward(
+    network: nn.Module, call: Callable[[Tensor], Tensor] | None = None, x: Tensor | None = None
+) -> list[Tensor]:
+    """The output and the gradients of the input and of every parameter."""
+    x = (image() if x is None else x).detach().clone().requires_grad_()
+    network.zero_grad()
+    y = (call or network)(x)
+    y.float().square().sum().backward()
+    assert x.grad is not None
+    return [y.detach(), x.grad, *(p.grad.clone() for p in network.parameters() if p.grad is not None)]
+
+
+def assert_same(ours: list[Tensor], torchs: list[Tensor], bound: float = BOUND) -> None:
+    assert len(ours) == len(torchs) > 0
+    for a, b in zip(ours, torchs, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert error(a, b.double()) <= bound
+
+
+def test_the_network_of_these_tests_is_fused() -> None:
+    assert explain(pair()[0], image()).fused_convolutions == 3
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def train_rank(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(FusedSequential(*layers()).eval(), gradient_as_bucket_view=rank >= 0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    for step in range(3):
+        optimizer.zero_grad()
+        x, target = image(step, n=4), torch.arange(4)
+        F.cross_entropy(model(x[2 * rank : 2 * rank + 2]), target[2 * rank : 2 * rank + 2]).backward()
+        if step == 0:
+            torch.save([p.grad.clone() for p in model.parameters()], f"{folder}/gradients{rank}")
+        optimizer.step()
+    torch.save([p.detach() for p in model.parameters()], f"{folder}/weights{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one(tmp_path) -> None:
+    mp.spawn(train_rank, (free_port(), str(tmp_path)), nprocs=2)
+    plain = pair()[1]
+    optimizer = torch.optim.SGD(plain.parameters(), 0.01, momentum=0.9)
+    for step in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(plain(image(step, n=4)), torch.arange(4)).backward()
+        if step == 0:
+            gradients = [p.grad.clone() for p in plain.parameters()]
+        optimizer.step()
+    for rank in range(2):
+        assert_same(torch.load(tmp_path / f"gradients{rank}"), gradients)
+        assert_same(torch.load(tmp_path / f"weights{rank}"), [p.detach() for p in plain.parameters()])
+
+
+class Features(Dataset):
+    """Runs the network in the worker, as perceptual data pipelines do."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> Tensor:
+        with torch.no_grad():
+            return self.network(image(i, n=1))[0]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_run_the_network_after_the_parent_did(start: str) -> None:
+    torch.set_num_threads(2)  # the parent's thread pool does not survive a fork
+    fused, _ = pair()
+    expected = fused(image(n=8)), torch.stack([Features(fused)[i] for i in range(6)])
+    loader = DataLoader(Features(fused), 3, num_workers=2, multiprocessing_context=start, timeout=60)
+    assert torch.equal(torch.cat(list(loader)), expected[1])
+    assert torch.equal(fused(image(n=8)), expected[0])
+
+
+def test_data_parallel_without_a_gpu() -> None:
+    fused, plain = pair()
+    assert_same(backward(nn.DataParallel(fused)), backward(nn.DataParallel(plain)))
+
+
+def test_hogwild_threads_of_autograd() -> None:
+    """One graph of several networks, whose backward passes are started from several threads."""
+    fused, plain = pair()
+    results = []
+    for network in (fused, plain):
+        y = [network(image(seed)).square().sum() for seed in range(4)]
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(4) as pool:
+            results.append(list(pool.map(lambda loss, n=network: torch.autograd.grad(loss, n[0].weight)[0], y)))
+    assert_same(*results)
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return 2 * w
+
+
+CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
+    "bfloat16": lambda n: n.bfloat16(),
+    "half": lambda n: n.half(),
+    "float64": lambda n: n.to(torch.float64),
+    "there and back": lambda n: n.double().float(),
+    "some frozen": lambda n: n[2].requires_grad_(False),
+    "frozen and thawed": lambda n: n.requires_grad_(False).requires_grad_(True),
+    "parametrised": lambda n: parametrize.register_parametrization(n[2], "weight", Scaled()),
+    "parametrisation removed": lambda n: (
+        parametrize.register_parametrization(n[2], "weight", Scaled()),
+        parametrize.remove_parametrizations(n[2], "weight"),
+    ),
+    "old weight norm": lambda n: nn.utils.weight_norm(n[2]),
+    "old weight norm removed": lambda n: nn.utils.remove_weight_norm(nn.utils.weight_norm(n[2])),
+    "spectral norm": lambda n: nn.utils.parametrizations.spectral_norm(n[2]).eval(),
+    "tied": lambda n: setattr(n[6], "weight", nn.Parameter(n[2].weight.detach().transpose(0, 1)[:16].clone())),
+    "shared memory": lambda n: [p.share_memory_() for p in n.parameters()],
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_gradients_after_a_change_of_the_weights(name: str) -> None:
+    fused, plain = pair()
+    backward(fused)
+    for network in (fused, plain):
+        torch.manual_seed(1)
+        CHANGES[name](network)
+    dtype = next(plain.parameters()).dtype
+    bound = {torch.bfloat16: 0.05, torch.float16: 0.01}.get(dtype, BOUND)
+    assert_same(backward(fused, x=image().to(dtype)), backward(plain, x=image().to(dtype)), bound)
+
+
+def test_one_weight_in_two_layers() -> None:
+    results = []
+    for container in (FusedSequential, nn.Sequential):
+        torch.manual_seed(0)
+        first, second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        second.weight = first.weight
+        results.append(backward(container(first, nn.ReLU(), second, nn.ReLU(), first, nn.MaxPool2d(2))))
+    assert_same(*results)
+
+
+# ---- graphs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(backend: str) -> None:
+    torch._dynamo.reset()
+    fused, plain = pair()
+    assert_same(backward(fused, torch.compile(fused, fullgraph=True, backend=backend)), backward(plain))
+
+
+def test_compile_keeps_the_fused_ops() -> None:
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+    compiled = torch.compile(pair()[0], fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    compiled(image())
+    targets = [node.target for graph in graphs for node in graph.graph.nodes]
+    assert targets.count(torch.ops.vggfast.conv3x3) + targets.count(torch.ops.vggfast.conv3x3.default) == 3
+
+
+def test_compile_with_dynamic_sizes_compiles_once() -> None:
+    torch._dynamo.reset()
+    network, plain = FusedSequential(*layers()[:9]).eval(), nn.Sequential(*layers()[:9]).eval()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(network, fullgraph=True, dynamic=True, backend=counter)
+    for n, size in ((2, 16), (3, 20), (5, 24), (2, 14)):
+        assert_same(backward(network, compiled, image(n=n, size=size)), backward(plain, x=image(n=n, size=size)))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("way", ["fx", "trace", "script", "export", "export, dynamic"])
+def test_captured_graphs_hold_torchs_operators(way: str, tmp_path) -> None:
+    fused, plain = pair()
+    if way == "fx":
+        captured: Callable[[Tensor], Tensor] = torch.fx.symbolic_trace(fused)
+    elif way == "trace":
+        captured = torch.jit.trace(fused, image())
+    elif way == "script":
+        torch.jit.script(fused).save(str(tmp_path / "scripted"))
+        captured = torch.jit.load(str(tmp_path / "scripted"))
+    else:
+        dynamic = ({0: torch.export.Dim("n", min=2)},) if "dynamic" in way else None
+        program = torch.export.export(fused, (image(),), dynamic_shapes=dynamic)
+        assert "vggfast" not in str(program.graph)
+        torch.export.save(program, str(tmp_path / "exported"))
+        captured = torch.export.load(str(tmp_path / "exported")).module()
+    sizes = (2,) if way == "export" else (2, 5)
+    for n in sizes:
+        assert_same([captured(image(n=n)).detach()], [plain(image(n=n)).detach()])
+    assert_same([fused(image()).detach()], [captured(image()).detach()])
+
+
+def test_vgg_is_exported_and_compiled_and_scripted() -> None:
+    torch._dynamo.reset()
+    model = VGG11(num_classes=3, dropout=0.0).eval().requires_grad_(False)
+    x = image(size=32)
+    expected = [model(x)]
+    assert_same([torch.compile(model, fullgraph=True, backend="aot_eager")(x)], expected)
+    assert_same([torch.export.export(model, (x,)).module()(x)], expected)
+    assert_same([torch.jit.script(model)(x)], expected)
+
+
+# ---- autograd's other ways -----------------------------------------------------------------------------------------
+
+
+def offloaded(network: nn.Module) -> list[Tensor]:
+    with torch.autograd.graph.save_on_cpu():
+        return backward(network)
+
+
+def packed(network: nn.Module) -> list[Tensor]:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        return backward(network)
+
+
+def retained(network: nn.Module) -> list[Tensor]:
+    x = image().requires_grad_()
+    y = network(x).square().sum()
+    y.backward(retain_graph=True)
+    y.backward()
+    return [x.grad, *(p.grad for p in network.parameters())]
+
+
+def scaled(network: nn.Module) -> list[Tensor]:
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024), torch.optim.SGD(network.parameters(), 0.01)
+    for seed in range(2):
+        optimizer.zero_grad()
+        scaler.scale(network(image(seed)).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 1024
+    return [p.detach() for p in network.parameters()]
+
+
+def hooked_backward(network: nn.Module) -> list[Tensor]:
+    seen: list[Tensor] = []
+    network.register_full_backward_hook(lambda m, into, out: seen.extend((into[0], out[0])))
+    network[5].register_full_backward_hook(lambda m, into, out: seen.extend((into[0], out[0])))
+    network[6].weight.register_hook(lambda g: seen.append(g))
+    network[2].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    return backward(network) + seen
+
+
+def from_inference_mode(network: nn.Module) -> list[Tensor]:
+    with torch.inference_mode():
+        y = network(image())
+    assert y.is_inference()
+    return [y.clone(), network(y.new_ones(1, 3, 16, 16)).detach()]
+
+
+WAYS: dict[str, Callable[[nn.Module], list[Tensor]]] = {
+    "save_on_cpu": offloaded,
+    "saved_tensors_hooks": packed,
+    "retain_graph": retained,
+    "GradScaler": scaled,
+    "backward hooks": hooked_backward,
+    "inference_mode": from_inference_mode,
+    "deepcopy": lambda n: backward(copy.deepcopy(n)),
+    "checkpoint_sequential": lambda n: backward(
+        n, lambda x: torch.utils.checkpoint.checkpoint_sequential(n, 3, x, use_reentrant=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_ways_to_differentiate(name: str) -> None:
+    # A full backward hook on the container forbids torch's own in-place ReLU at its input and output.
+    fused, plain = pair(inplace=name != "backward hooks")
+    assert_same(WAYS[name](fused), WAYS[name](plain))
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout, nn.Dropout2d, nn.AlphaDropout])
+def test_dropout_in_place_behind_a_pooled_run(dropout: type[nn.Module]) -> None:
+    results = []
+    for container in (FusedSequential, nn.Sequential):
+        network = container(*layers()[:6], dropout(0.5, inplace=True), nn.Conv2d(24, 4, 3, padding=1))
+        torch.manual_seed(2)
+        network[3].eval()
+        results.append(backward(network))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_opcheck_in_half_precision(dtype: torch.dtype) -> None:
+    x, weight = normal(2, 8, 6, 7, dtype=dtype, grad=True), normal(12, 8, 3, 3, dtype=dtype, grad=True)
+    raw = torch.ops.vggfast
+    for relu, pool in ((False, False), (True, True)):
+        torch.library.opcheck(raw.conv3x3.default, (x, weight, None, relu, pool, pool))
+    y, argmax = (t.detach() for t in raw.conv3x3(x, weight, None, True, True, True))
+    x, weight = x.detach(), weight.detach()
+    torch.library.opcheck(raw.conv3x3_grad_input.default, (y, weight, None, argmax, 6, 7))
+    torch.library.opcheck(raw.conv3x3_grad_weight.default, (x, y, None, argmax))
+    torch.library.opcheck(raw.conv3x3_grad_weight.default, (x, ops.conv3x3(x, weight), None, None))
+    torch.library.opcheck(raw.max_pool2x2.default, (x, True))
+    torch.library.opcheck(raw.max_pool2x2_grad.default, (y, argmax, 6, 7))
