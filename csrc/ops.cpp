@@ -28,6 +28,9 @@ pybind11::dict build_info() {
   info["torch_headers"] = TORCH_VERSION;
   info["torch_minimum"] = "2.10";
   info["cuda"] = VGGFAST_CUDA_ARCHS; // empty: built without CUDA kernels
+#ifdef VGGFAST_CUDA
+  info["cuda_runtime"] = vggfast::cuda::runtime_version();
+#endif
   return info;
 }
 
@@ -36,7 +39,8 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   namespace cpu = vggfast::cpu;
   m.doc() = "Registers torch.ops.vggfast; describes the build and its choices.";
-  m.def("build_info", &build_info, "What was compiled, by what: {version, compiler, torch_headers, torch_minimum, cuda}.");
+  m.def("build_info", &build_info,
+        "What was compiled, by what: {version, compiler, torch_headers, torch_minimum, cuda, cuda_runtime}.");
   m.def("cpu_isa", [] { return std::string(cpu::kernels().name); }, "The instruction set in use.");
   m.def("cpu_isas", &cpu::runnable_isas, "The instruction sets this CPU runs, best first.");
   m.def("set_cpu_isa", &cpu::set_isa, pybind11::arg("name"), "Use the named instruction set, or the best with 'auto'.");
@@ -48,6 +52,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_plan", &vggfast::cuda::describe_plan, pybind11::arg("which"), pybind11::arg("n"), pybind11::arg("c_in"),
         pybind11::arg("c_out"), pybind11::arg("h"), pybind11::arg("w"), pybind11::arg("pool"), pybind11::arg("dtype"),
         pybind11::arg("sm_count"), pybind11::arg("compute_capability"),
-        "The plan of 'forward', 'grad_input' or 'grad_weight' for a GPU, in words; 'aten: why' if no kernel takes it.");
+        "The plan of 'forward', 'grad_input', 'grad_weight' or 'max_pool' for a GPU, in words; 'aten: why' if no kernel takes it.");
+  m.def("cuda_obstacle", &vggfast::cuda::device_obstacle, pybind11::arg("device_index"),
+        "Why no kernel of this build runs on the GPU; empty if they do.");
 #endif
 }

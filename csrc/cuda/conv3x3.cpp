@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "checks.h"
+#include "cuda/launch.cuh"
 #include "cuda/plan.h"
 #include "cuda/settings.h"
 #include "cuda/sm80/launch.h"
@@ -24,7 +25,8 @@ using torch::headeronly::ScalarType;
 // Makes a tensor's device current while it lives, and knows that device's stream and size.
 class OnDevice {
 public:
-  explicit OnDevice(const Tensor& t) : index_(t.get_device_index()) {
+  explicit OnDevice(const Tensor& t) : OnDevice(t.get_device_index()) {}
+  explicit OnDevice(int32_t index) : index_(index) {
     STD_TORCH_CHECK(aoti_torch_create_cuda_guard && aoti_torch_get_current_cuda_stream, "vggfast: this torch has no CUDA");
     TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index_, &guard_));
   }
@@ -38,14 +40,17 @@ public:
     return static_cast<cudaStream_t>(stream);
   }
   Device device() const {
-    int sms = 0, major = 0, minor = 0;
-    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index_);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index_);
-    return {sms, major * 10 + minor};
+    return {attribute(cudaDevAttrMultiProcessorCount),
+            attribute(cudaDevAttrComputeCapabilityMajor) * 10 + attribute(cudaDevAttrComputeCapabilityMinor)};
   }
 
 private:
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, index_), "(device properties)");
+    return value;
+  }
+
   int32_t index_;
   CUDAGuardHandle guard_ = nullptr;
 };
@@ -72,6 +77,11 @@ Tensor dense_nhwc(const Tensor& t) {
 }
 MaybeTensor dense_nhwc(const MaybeTensor& t) {
   return t ? MaybeTensor(dense_nhwc(*t)) : std::nullopt;
+}
+// Checked to be contiguous; read by two bytes at a time.
+MaybeTensor aligned_argmax(const MaybeTensor& t) {
+  if (!t || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 2 == 0) return t;
+  return torch::stable::clone(*t);
 }
 MaybeTensor dense_vector(const MaybeTensor& t) {
   if (!t || t->is_contiguous()) return t;
@@ -124,35 +134,36 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& weight_any
   return {y, argmax};
 }
 
-Tensor conv3x3_grad_input(const Tensor& grad_any, const Tensor& weight_any, const MaybeTensor& y_any, const MaybeTensor& argmax,
+Tensor conv3x3_grad_input(const Tensor& grad_any, const Tensor& weight_any, const MaybeTensor& y_any, const MaybeTensor& argmax_any,
                           int64_t h, int64_t w) {
-  check_grad_input(grad_any, weight_any, y_any, argmax, h, w);
+  check_grad_input(grad_any, weight_any, y_any, argmax_any, h, w);
   const OnDevice on(grad_any);
   Tensor gx = empty_nhwc(grad_any, grad_any.size(0), weight_any.size(1), h, w);
   if (gx.numel() == 0) return gx;
 
-  const Problem problem{grad_any.size(0),  h, w, weight_any.size(1), weight_any.size(0), element_type(grad_any), y_any.has_value(),
-                        argmax.has_value()};
+  const Problem problem{
+      grad_any.size(0),      h, w, weight_any.size(1), weight_any.size(0), element_type(grad_any), y_any.has_value(),
+      argmax_any.has_value()};
   const Plan plan = plan_or_throw(Pass::grad_input, problem, on);
   const Tensor grad = dense_nhwc(grad_any), weight = dense_nhwc(weight_any);
-  const MaybeTensor y = dense_nhwc(y_any);
+  const MaybeTensor y = dense_nhwc(y_any), argmax = aligned_argmax(argmax_any);
   sm80::grad_input(problem, plan, {grad_output(grad, y, argmax), weight.const_data_ptr(), gx.mutable_data_ptr()}, on.stream());
   return gx;
 }
 
 std::tuple<Tensor, Tensor> conv3x3_grad_weight(const Tensor& x_any, const Tensor& grad_any, const MaybeTensor& y_any,
-                                               const MaybeTensor& argmax) {
-  check_grad_weight(x_any, grad_any, y_any, argmax);
+                                               const MaybeTensor& argmax_any) {
+  check_grad_weight(x_any, grad_any, y_any, argmax_any);
   const OnDevice on(x_any);
   const int64_t n = x_any.size(0), c = x_any.size(1), k = grad_any.size(1);
   Tensor gw = empty_nhwc(x_any, k, c, 3, 3);
   Tensor gb = empty_of(x_any, {k}, x_any.scalar_type());
   if (n == 0) return {torch::stable::contiguous(torch::stable::zero_(gw)), torch::stable::zero_(gb)};
 
-  const Problem problem{n, x_any.size(2), x_any.size(3), c, k, element_type(x_any), y_any.has_value(), argmax.has_value()};
+  const Problem problem{n, x_any.size(2), x_any.size(3), c, k, element_type(x_any), y_any.has_value(), argmax_any.has_value()};
   const Plan plan = plan_or_throw(Pass::grad_weight, problem, on);
   const Tensor x = dense_nhwc(x_any), grad = dense_nhwc(grad_any);
-  const MaybeTensor y = dense_nhwc(y_any);
+  const MaybeTensor y = dense_nhwc(y_any), argmax = aligned_argmax(argmax_any);
   const Tensor workspace = empty_of(x, {plan.workspace_bytes}, ScalarType::Byte);
   sm80::grad_weight(problem, plan,
                     {grad_output(grad, y, argmax), x.const_data_ptr(), workspace.mutable_data_ptr(), gw.mutable_data_ptr(),
@@ -168,21 +179,24 @@ std::tuple<Tensor, Tensor> max_pool2x2(const Tensor& x_any, bool save_argmax) {
   Tensor y = empty_nhwc(x_any, n, c, h / 2, w / 2);
   const Tensor argmax = empty_argmax(x_any, save_argmax, n, c, h, w);
   if (n == 0) return {y, argmax};
+  const Problem problem{n, h, w, c, c, element_type(x_any), false, true};
+  plan_or_throw(Pass::max_pool, problem, on);
   const Tensor x = dense_nhwc(x_any);
-  sm80::max_pool2x2({n, h, w, c, c, element_type(x), false, true},
-                    {x.const_data_ptr(), y.mutable_data_ptr(), bytes_or_null(argmax)}, on.stream());
+  sm80::max_pool2x2(problem, {x.const_data_ptr(), y.mutable_data_ptr(), bytes_or_null(argmax)}, on.stream());
   return {y, argmax};
 }
 
-Tensor max_pool2x2_grad(const Tensor& grad_any, const Tensor& argmax, int64_t h, int64_t w) {
-  check_gradient(grad_any, std::nullopt, argmax, h, w);
+Tensor max_pool2x2_grad(const Tensor& grad_any, const Tensor& argmax_any, int64_t h, int64_t w) {
+  check_gradient(grad_any, std::nullopt, argmax_any, h, w);
   const OnDevice on(grad_any);
   const int64_t n = grad_any.size(0), c = grad_any.size(1);
   Tensor gx = empty_nhwc(grad_any, n, c, h, w);
   if (n == 0) return gx;
+  const Problem problem{n, h, w, c, c, element_type(grad_any), false, true};
+  plan_or_throw(Pass::max_pool, problem, on);
   const Tensor grad = dense_nhwc(grad_any);
-  sm80::grad_preact({n, h, w, c, c, element_type(grad), false, true},
-                    {grad_output(grad, std::nullopt, argmax), gx.mutable_data_ptr()}, on.stream());
+  const MaybeTensor argmax = aligned_argmax(argmax_any);
+  sm80::grad_preact(problem, {grad_output(grad, std::nullopt, argmax), gx.mutable_data_ptr()}, on.stream());
   return gx;
 }
 
@@ -195,14 +209,32 @@ std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_
                         : dtype == "float16"
                             ? DType::fp16
                             : throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
-  const Pass which = pass == "forward"      ? Pass::forward
-                     : pass == "grad_input" ? Pass::grad_input
-                     : pass == "grad_weight"
-                         ? Pass::grad_weight
-                         : throw std::invalid_argument("pass: expected forward, grad_input or grad_weight, got '" + pass + "'");
+  const Pass which =
+      pass == "forward"       ? Pass::forward
+      : pass == "grad_input"  ? Pass::grad_input
+      : pass == "grad_weight" ? Pass::grad_weight
+      : pass == "max_pool"
+          ? Pass::max_pool
+          : throw std::invalid_argument("pass: expected forward, grad_input, grad_weight or max_pool, got '" + pass + "'");
   std::ostringstream text;
   text << choose_plan(which, {n, h, w, in, out, element, true, pool}, {sm_count, compute_capability});
   return text.str();
+}
+
+std::string runtime_version() {
+  return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+}
+
+std::string device_obstacle(int index) {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no NVIDIA driver is loaded";
+  if (driver / 1000 < CUDART_VERSION / 1000) {
+    return "the NVIDIA driver is for CUDA " + std::to_string(driver / 1000) + ", these kernels need one for CUDA " +
+           std::to_string(CUDART_VERSION / 1000);
+  }
+  const OnDevice on(index);
+  const cudaError_t error = sm80::find_code();
+  return error == cudaSuccess ? "" : std::string("this build holds no code for the GPU: ") + cudaGetErrorString(error);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vggfast, CUDA, library) {

@@ -43,8 +43,8 @@ class TileWriter {
 
 public:
   __device__ TileWriter(const Epilogue& epilogue, typename Gemm::Shared& shared, int first_channel)
-      : epilogue_(epilogue), tile_(reinterpret_cast<unsigned char*>(shared.stages)), argmax_tile_(tile_ + kRows / 4 * kRowBytes),
-        rows_(shared.rows), first_channel_(first_channel) {}
+      : epilogue_(epilogue), tile_(shared.finished), argmax_tile_(tile_ + kRows / 4 * kRowBytes), rows_(shared.rows),
+        first_channel_(first_channel) {}
 
   /// Every warp has passed the main loop's last barrier. `pixel`, `pool`: of the tile's first row in the whole batch.
   __device__ void write(typename Gemm::Accumulators& sums, int pixel, int pool, int pools) {

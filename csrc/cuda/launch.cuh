@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +14,14 @@ inline void check(cudaError_t error, const char* kernel_name) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("vggfast: kernel ") + kernel_name + ": " + cudaGetErrorString(error));
   }
+}
+
+/// Lets `kernel` use so much dynamic shared memory on the current device. A kernel always asks for the same amount, so CUDA is
+/// asked once per kernel and device.
+void allow_shared_memory(const void* kernel, int bytes, const char* name);
+
+inline std::runtime_error no_such_tile(const char* kernel_name) {
+  return std::runtime_error(std::string("vggfast: kernel ") + kernel_name + " is not compiled for the planned tile");
 }
 
 struct LaunchShape {
@@ -26,10 +35,11 @@ struct LaunchShape {
 template <class... Arguments>
 void launch_kernel(const char* name, void (*kernel)(Arguments...), const LaunchShape& shape, cudaStream_t stream,
                    const Arguments&... arguments) {
-  constexpr int always_allowed = 48 * 1024;
-  if (shape.shared_bytes > always_allowed) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), name);
+  if (shape.blocks < 1 || shape.blocks > std::numeric_limits<int32_t>::max()) {
+    throw std::runtime_error(std::string("vggfast: kernel ") + name + ": expected 1 to 2^31 - 1 blocks, got " +
+                             std::to_string(shape.blocks));
   }
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), shape.shared_bytes, name);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));

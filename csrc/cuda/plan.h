@@ -10,45 +10,66 @@
 
 namespace vggfast::cuda {
 
-enum class Pass : int { forward, grad_input, grad_weight };
-enum class Kernel : int { aten, implicit_gemm, first_layer };
+enum class Pass : int { forward, grad_input, grad_weight, max_pool };
+enum class Kernel : int { aten, implicit_gemm, first_layer, pointwise };
 
 /// Tiles of the implicit GEMMs, rows x columns of the product; each is instantiated by hand in sm80/*.cu.
 enum class TileId : int { m128n128, m256n64, m64n64 };
 inline constexpr int kTiles = 3;
+
+/// Bytes of the reduction that one pipeline stage holds per tile row: 32 16-bit or 16 fp32 elements.
+inline constexpr int kStageRowBytes = 64;
+/// Bytes of a tile's table of pixels per row (TileRow).
+inline constexpr int kTileRowBytes = 12;
 
 /// A block's tile of the product, and the grid of warps that share it.
 struct TileShape {
   int block_m, block_n;
   int warps_m, warps_n;
   int stages;
+  int blocks_per_sm; // that the register file holds
 
   constexpr int threads() const { return 32 * warps_m * warps_n; }
   constexpr int warp_m() const { return block_m / warps_m; }
   constexpr int warp_n() const { return block_n / warps_n; }
+  constexpr int stage_bytes() const { return stages * (block_m + block_n) * kStageRowBytes; }
 };
 
 constexpr TileShape tile_shape(TileId tile) {
   switch (tile) {
   // 64x64 per warp: 4 KiB of ldmatrix for 32 mma, half of what the shared memory of sm_80 can feed.
   case TileId::m128n128:
-    return {128, 128, 2, 2, 4};
-  // The same warp tile where only 64 output channels exist (VGG's first block).
+    return {128, 128, 2, 2, 4, 2};
+  // The same warp tile where only 64 output channels exist (VGG's first block). Three stages, because four leave room for one
+  // block in the 164 KiB of compute capability 8.0.
   case TileId::m256n64:
-    return {256, 64, 4, 1, 4};
+    return {256, 64, 4, 1, 3, 2};
   // Small problems: four times the blocks, at 32x32 per warp.
   case TileId::m64n64:
-    return {64, 64, 2, 2, 4};
+    return {64, 64, 2, 2, 4, 4};
   }
   return {};
 }
 
-/// Bytes of the reduction that one pipeline stage holds per tile row: 32 16-bit or 16 fp32 elements.
-inline constexpr int kStageRowBytes = 64;
-
 struct Device {
   int sm_count;
   int compute_capability; // major * 10 + minor
+
+  /// Shared memory of an SM in bytes (CUDA programming guide, technical specifications per compute capability).
+  constexpr int shared_memory() const {
+    switch (compute_capability) {
+    case 80:
+    case 87:
+      return 164 << 10;
+    case 90:
+    case 100:
+    case 103:
+    case 110:
+      return 228 << 10;
+    default: // 8.6, 8.9, 12.x
+      return 100 << 10;
+    }
+  }
 };
 
 struct Plan {
@@ -61,10 +82,10 @@ struct Plan {
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Plan& plan) {
-  constexpr const char* kernels[] = {"aten", "implicit_gemm", "first_layer"};
+  constexpr const char* kernels[] = {"aten", "implicit_gemm", "first_layer", "pointwise"};
   constexpr const char* tiles[] = {"m128n128", "m256n64", "m64n64"};
   out << kernels[static_cast<int>(plan.kernel)];
-  if (plan.kernel != Kernel::aten) {
+  if (plan.kernel == Kernel::implicit_gemm || plan.kernel == Kernel::first_layer) {
     out << " tile=" << tiles[static_cast<int>(plan.tile)] << " grid=" << plan.tiles_m << "x" << plan.tiles_n << "x" << plan.splits
         << " workspace=" << plan.workspace_bytes;
   }
@@ -78,7 +99,7 @@ constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
 }
 
 /// Why the kernels cannot take this problem, or null.
-inline const char* unsupported(const Problem& p, const Device& device) {
+inline const char* unsupported(Pass pass, const Problem& p, const Device& device) {
   // Loaders count up to one tile past the last pixel.
   constexpr int64_t limit = std::numeric_limits<int32_t>::max() - 1024;
   const int vector = 16 / element_bytes(p.dtype);
@@ -91,6 +112,9 @@ inline const char* unsupported(const Problem& p, const Device& device) {
   if (p.n * p.h * p.w > limit) {
     return "2^31 pixels or more: pixel indices are 32-bit (element offsets are 64-bit)";
   }
+  if (pass == Pass::max_pool) {
+    return p.c % vector != 0 ? "channels are not a multiple of 16 bytes" : nullptr;
+  }
   if (9 * p.c * p.k > limit || (8 * p.w + 2048) * std::max(p.c, p.k) > limit) {
     return "offsets inside the weight or inside one tile pass 2^31 elements";
   }
@@ -100,12 +124,21 @@ inline const char* unsupported(const Problem& p, const Device& device) {
   return nullptr;
 }
 
+/// Blocks of a tile that share an SM; each also takes 1 KiB of the SM's shared memory for CUDA itself.
+constexpr int resident_blocks(TileId tile, const Device& device) {
+  const TileShape shape = tile_shape(tile);
+  const int bytes = shape.stage_bytes() + shape.block_m * kTileRowBytes + 1024;
+  return std::min(shape.blocks_per_sm, std::max(1, device.shared_memory() / bytes));
+}
+
+static_assert(resident_blocks(TileId::m128n128, {108, 80}) == 2 && resident_blocks(TileId::m256n64, {108, 80}) == 2);
+
 /// Modelled time of a grid on tile t, in multiply-adds per SM at the rate of a 64x64 warp tile.
 inline double grid_cost(TileId tile, int64_t blocks, const Device& device) {
   const TileShape shape = tile_shape(tile);
   // ldmatrix bytes per mma bound 32x32 warp tiles at about 0.6 of the 64x64 rate (computed, not measured).
   const double efficiency = tile == TileId::m64n64 ? 0.6 : 1.0;
-  const int resident = tile == TileId::m64n64 ? 4 : 2;
+  const int resident = resident_blocks(tile, device);
   const int64_t waves = ceil_div(blocks, int64_t{device.sm_count} * resident);
   // A last wave that leaves SMs with fewer residents still takes at least one block's time alone.
   const int64_t last = blocks - (waves - 1) * device.sm_count * resident;
@@ -179,8 +212,13 @@ inline Plan plan_grad_weight(const Problem& p, const Device& device) {
 inline Plan choose_plan(Pass pass, const Problem& p, const Device& device) {
   using namespace plan_detail;
   Plan plan;
-  if (const char* reason = unsupported(p, device)) {
+  if (const char* reason = unsupported(pass, p, device)) {
     plan.reason = reason;
+    return plan;
+  }
+  if (pass == Pass::max_pool) {
+    plan.kernel = Kernel::pointwise;
+    plan.reason = "one pass over the input, 2 bits an element for the backward pass";
     return plan;
   }
   if (p.c % (16 / element_bytes(p.dtype)) != 0) {

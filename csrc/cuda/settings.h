@@ -5,9 +5,15 @@
 
 namespace vggfast::cuda {
 
-// The plan of the named pass ("forward", "grad_input", "grad_weight") for a device with these numbers, in words; "aten: why" if
-// none.
+// The plan of the named pass ("forward", "grad_input", "grad_weight", "max_pool") for a device with these numbers, in words;
+// "aten: why" if none.
 std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, bool pool,
                           const std::string& dtype, int sm_count, int compute_capability);
+
+// CUDA's version that is linked in, as "13.0".
+std::string runtime_version();
+
+// Why nothing of this build runs on the GPU of this index; empty if it does.
+std::string device_obstacle(int index);
 
 } // namespace vggfast::cuda

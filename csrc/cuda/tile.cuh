@@ -189,11 +189,16 @@ struct Gemm {
     alignas(128) unsigned char a[shape.block_m * kStageRowBytes];
     alignas(128) unsigned char b[shape.block_n * kStageRowBytes];
   };
+  static constexpr int kTileBytes = shape.block_m * kRowBytesN;
+  static constexpr int kStageBytes = shape.stage_bytes() > kTileBytes ? shape.stage_bytes() : kTileBytes;
   struct Shared {
-    Stage stages[shape.stages]; // the epilogue reuses them for the finished tile
+    union {
+      Stage stages[shape.stages];
+      unsigned char finished[kStageBytes]; // the tile on its way out, once the stages are read
+    };
     TileRow rows[shape.block_m];
   };
-  static constexpr int kStageBytes = shape.stages * int{sizeof(Stage)};
+  static_assert(sizeof(Stage) * shape.stages == shape.stage_bytes() && sizeof(TileRow) == kTileRowBytes);
   struct Accumulators {
     float values[kFragmentsM][kFragmentsN][4];
   };

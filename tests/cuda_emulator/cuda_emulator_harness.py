@@ -10,12 +10,16 @@ import dataclasses
 import os
 import pathlib
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 HERE = pathlib.Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-RUNTIME_SOURCES = ("memory", "machine", "warp", "hooks", "device")
+RUNTIME_SOURCES = (
+    *(HERE / f"{name}.cpp" for name in ("memory", "machine", "warp", "hooks", "device")),
+    CSRC / "cuda" / "launch.cpp",
+)
 KERNEL_SOURCES = ("forward", "first_layer", "grad_input", "grad_weight", "pointwise")
 RUNTIME_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
 # The sanitizers only for their calls around every access: the emulator defines them (hooks.cpp) and links no runtime.
@@ -24,10 +28,11 @@ KERNEL_FLAGS = (
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
 )
 
+JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 TILES = {"m128n128": 0, "m256n64": 1, "m64n64": 2}
-PASSES = {"forward": 0, "grad_input": 1, "grad_weight": 2}
-KERNELS = ("aten", "implicit_gemm", "first_layer")
+PASSES = {"forward": 0, "grad_input": 1, "grad_weight": 2, "max_pool": 3}
+KERNELS = ("aten", "implicit_gemm", "first_layer", "pointwise")
 H100 = (132, 90)
 TINY_GPU = (1, 80)
 
@@ -88,12 +93,19 @@ def compile_object(source: pathlib.Path, target: pathlib.Path, csrc: pathlib.Pat
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
+def compile_objects(
+    calls: list[tuple[pathlib.Path, pathlib.Path, pathlib.Path, tuple[str, ...]]],
+) -> list[pathlib.Path]:
+    """`compile_object` of every call, JOBS at a time; the objects, in order."""
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(lambda call: compile_object(*call), calls))
+    return [target for _, target, _, _ in calls]
+
+
 def build_runtime(folder: pathlib.Path, *, interface: bool = True) -> list[pathlib.Path]:
     """Objects of the emulator itself and, with ``interface``, of the C interface to the project's kernels."""
-    sources = [HERE / f"{name}.cpp" for name in (*RUNTIME_SOURCES, *(("driver",) if interface else ()))]
-    for source in sources:
-        compile_object(source, folder / f"{source.stem}.o", CSRC, RUNTIME_FLAGS)
-    return [folder / f"{source.stem}.o" for source in sources]
+    sources = [*RUNTIME_SOURCES, *((HERE / "driver.cpp",) if interface else ())]
+    return compile_objects([(source, folder / f"{source.stem}.o", CSRC, RUNTIME_FLAGS) for source in sources])
 
 
 def link(objects: list[pathlib.Path], library: pathlib.Path, *, only_some_kernels: bool = False) -> Emulator:
@@ -106,11 +118,9 @@ def link(objects: list[pathlib.Path], library: pathlib.Path, *, only_some_kernel
 
 def build(folder: pathlib.Path) -> Emulator:
     """Compiles every kernel source with all its instantiations."""
-    objects = build_runtime(folder)
-    for name in KERNEL_SOURCES:
-        compile_object(CSRC / "cuda" / "sm80" / f"{name}.cu", folder / f"kernel_{name}.o", CSRC, KERNEL_FLAGS)
-        objects.append(folder / f"kernel_{name}.o")
-    return link(objects, folder / "emulator.so")
+    sources = [CSRC / "cuda" / "sm80" / f"{name}.cu" for name in KERNEL_SOURCES]
+    kernels = compile_objects([(source, folder / f"{source.name}.o", CSRC, KERNEL_FLAGS) for source in sources])
+    return link([*build_runtime(folder), *kernels], folder / "emulator.so")
 
 
 @dataclasses.dataclass

@@ -60,7 +60,7 @@ public:
   std::string failure;
   uint64_t seed = 1;
   uint32_t last_blocks = 0; // of each launch, that run; 0: all
-  std::vector<std::pair<void*, int>> allowed_shared;
+  std::vector<std::pair<const void*, int>> allowed_shared;
 
   Thread* current() { return current_; }
   const Launch& launch() const { return *launch_; }

@@ -75,6 +75,22 @@ def test_first_layer_has_no_backward_kernel(emulator: Emulator) -> None:
     assert {KERNELS[emulator.plan(step, problem).kernel] for step in ("grad_input", "grad_weight")} == {"aten"}
 
 
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (Case(2, 8, 8, 40, 40, pool=True), ""),
+        (Case(2, 8, 8, 1 << 15, 1 << 15, pool=True), ""),  # no weight that could be too large
+        (Case(2, 8, 8, 36, 36, pool=True), "channels are not a multiple of 16 bytes"),
+        (Case(2, 1, 8, 40, 40, pool=True), "no output"),
+        (Case(1 << 16, 256, 256, 8, 8, pool=True), "pixels"),
+    ],
+)
+def test_pools_of_their_own(emulator: Emulator, case: Case, reason: str) -> None:
+    plan = emulator.plan("max_pool", case.problem)
+    assert KERNELS[plan.kernel] == ("aten" if reason else "pointwise")
+    assert reason in plan.reason.decode()
+
+
 def test_fp32_counts_channels_in_fours(emulator: Emulator) -> None:
     plans = [
         emulator.plan("forward", Case(1, 8, 8, 12, 20, dtype).problem) for dtype in (torch.float32, torch.bfloat16)

@@ -130,7 +130,7 @@ const char* failure() {
   return Machine::get().failure.c_str();
 }
 
-bool allow_shared(void* kernel, int bytes) {
+bool allow_shared(const void* kernel, int bytes) {
   Machine& machine = Machine::get();
   if (bytes < 0 || static_cast<size_t>(bytes) > SharedMemory::kCapacity) {
     machine.failure = "cudaFuncSetAttribute: more shared memory than any GPU has";

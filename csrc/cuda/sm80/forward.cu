@@ -16,6 +16,7 @@ void forward_as(const Problem& problem, const Plan& plan, const ForwardPointers&
   case TileId::m64n64:
     return launch_forward<Element, TileId::m64n64>(problem, plan, pointers, stream);
   }
+  throw no_such_tile("sm80 forward");
 }
 
 } // namespace

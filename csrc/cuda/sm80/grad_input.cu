@@ -16,6 +16,7 @@ void grad_input_as(const Problem& problem, const Plan& plan, const GradInputPoin
   case TileId::m64n64:
     return launch_grad_input<Element, TileId::m64n64>(problem, plan, pointers, stream);
   }
+  throw no_such_tile("sm80 grad_input");
 }
 
 } // namespace

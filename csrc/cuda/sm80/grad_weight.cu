@@ -13,7 +13,10 @@ void grad_weight_as(const Problem& problem, const Plan& plan, const GradWeightPo
       return launch_grad_weight<Element, TileId::m128n128>(problem, plan, pointers, stream);
     }
   }
-  return launch_grad_weight<Element, TileId::m64n64>(problem, plan, pointers, stream);
+  if (plan.tile == TileId::m64n64) {
+    return launch_grad_weight<Element, TileId::m64n64>(problem, plan, pointers, stream);
+  }
+  throw no_such_tile("sm80 grad_weight");
 }
 
 } // namespace

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(tile_shape(kTile).threads(), 2)
   float* partial = params.workspace + split * params.split_elements();
   store_partial<Tile>(sums, partial, params, first_row, first_column, tap);
   if (sum_bias) {
-    auto& bias_sums = reinterpret_cast<typename decltype(loader.grads)::BiasSums&>(shared.stages);
+    auto& bias_sums = reinterpret_cast<typename decltype(loader.grads)::BiasSums&>(shared.finished);
     loader.grads.store_bias(bias_sums, partial + int64_t{9} * params.c * params.k);
   }
 }

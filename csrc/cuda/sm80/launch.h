@@ -9,6 +9,9 @@
 
 namespace vggfast::cuda::sm80 {
 
+/// Whether this build holds code that the current device runs, as machine code or as PTX: cudaSuccess, or what CUDA says.
+cudaError_t find_code();
+
 /// Kernel::implicit_gemm of Pass::forward.
 void forward(const Problem& problem, const Plan& plan, const ForwardPointers& pointers, cudaStream_t stream);
 /// Kernel::first_layer of Pass::forward.

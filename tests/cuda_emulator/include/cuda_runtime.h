@@ -98,9 +98,17 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+struct cudaFuncAttributes {};
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  return emulator::allow_shared(reinterpret_cast<void*>(kernel), bytes) ? cudaSuccess : cudaErrorInvalidValue;
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  return emulator::allow_shared(kernel, bytes) ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
@@ -120,6 +128,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     }
   } call{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
   const emulator::Launch launch{
-      config->gridDim, config->blockDim, config->dynamicSmemBytes, reinterpret_cast<void*>(kernel), &Call::run, &call, sizeof call};
+      config->gridDim, config->blockDim, config->dynamicSmemBytes, reinterpret_cast<const void*>(kernel), &Call::run,
+      &call,           sizeof call};
   return emulator::run(launch) ? cudaSuccess : cudaErrorLaunchFailure;
 }

@@ -16,7 +16,7 @@ struct dim3 {
 struct Launch {
   dim3 grid, block;
   size_t shared_bytes;
-  void* kernel;
+  const void* kernel;
   void (*call)(const void* closure);
   const void* closure;
   size_t closure_bytes;
@@ -27,7 +27,7 @@ bool run(const Launch& launch);
 /// What run() saw, or why a launch was refused.
 const char* failure();
 /// cudaFuncSetAttribute(MaxDynamicSharedMemorySize).
-bool allow_shared(void* kernel, int bytes);
+bool allow_shared(const void* kernel, int bytes);
 
 dim3 thread_index();
 dim3 block_index();
