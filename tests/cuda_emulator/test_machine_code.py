@@ -12,9 +12,10 @@ import pathlib
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from cuda_emulator_harness import CSRC, KERNEL_SOURCES
+from cuda_emulator_harness import CSRC, JOBS, KERNEL_SOURCES
 
 ARCHITECTURES = ("sm_80", "sm_90")
 FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas", "-Xptxas=-v")
@@ -65,18 +66,21 @@ REPORT = re.compile(
 
 
 def compile_kernels(nvcc: str, architecture: str, folder: pathlib.Path) -> list[Kernel]:
-    kernels = []
-    for source in KERNEL_SOURCES:
+    def compile_source(source: str) -> list[Kernel]:
         cubin = folder / f"{source}_{architecture}.cubin"
         path = CSRC / "cuda" / "sm80" / f"{source}.cu"
         command = [nvcc, *FLAGS, f"-arch={architecture}", f"-I{CSRC}", "-cubin", str(path), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+        kernels = []
         for entry in REPORT.finditer(done.stderr):
             mangled = entry["mangled"]
             numbers = [int(entry[name]) for name in ("registers", "stack", "stores", "loads")]
             kernels.append(Kernel(re.search(r"sm80\d\d(\w+?)_kernel", mangled)[1], mangled, *numbers, cubin))
-    return kernels
+        return kernels
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        return [kernel for kernels in pool.map(compile_source, KERNEL_SOURCES) for kernel in kernels]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
