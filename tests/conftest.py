@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vggfast import _C
+from vggfast import _C, switches
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -17,12 +17,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 @pytest.fixture(autouse=True)
 def _restore_switches() -> Iterator[None]:
-    """Instruction set, algorithm, thread count, gradient mode, denormals and poisoning are restored whatever a test does."""
-    isa, algo, threads = _C.cpu_isa(), _C.conv_algo(), torch.get_num_threads()
+    """Instruction set, algorithm, CUDA plan, thread count, gradient mode, denormals and poisoning are restored whatever a test does."""
+    isa, algo, plan, threads = _C.cpu_isa(), _C.conv_algo(), switches.cuda_plan(), torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
     _C.set_cpu_isa(isa)
     _C.set_conv_algo(algo)
+    switches.set_cuda_plan(plan)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)

@@ -8,7 +8,7 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 
 import torch as _torch  # noqa: F401  (loads the libraries that _C is linked to)
 
-from vggfast import ops
+from vggfast import ops, switches
 from vggfast._C import build_info as _build_info
 from vggfast.explanation import Explanation, explain
 from vggfast.fused import FusedSequential, convert
@@ -69,6 +69,7 @@ __all__ = [
     "load_weights",
     "make_layers",
     "ops",
+    "switches",
     "vgg11",
     "vgg11_bn",
     "vgg11_lrn",

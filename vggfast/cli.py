@@ -15,7 +15,7 @@ from rich.table import Table
 
 import vggfast
 import vggfast.models
-from vggfast import _C
+from vggfast import _C, cuda_plan, switches
 from vggfast.recipes import RecipeError
 from vggfast.recipes.config import MODELS, AmpName, ModelName, TrainConfig
 
@@ -45,8 +45,8 @@ def check_environment() -> None:
     """VGG on fused Conv3x3 + bias + ReLU + MaxPool kernels."""
     with errors_for_users():
         try:
-            _C.cpu_isa(), _C.conv_algo()
-        except ValueError as error:  # VGGFAST_CPU_ISA or VGGFAST_CONV_ALGO has a value that is none of theirs
+            switches.cpu_isa(), switches.conv_algo(), switches.cuda_plan()
+        except ValueError as error:  # an environment variable has a value that is none of its switch's
             raise RecipeError(str(error)) from error
 
 
@@ -78,16 +78,26 @@ def collect_info() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cuda_kernels": build.pop("cuda") or "not in this build",
+        "cuda_plan": switches.cuda_plan(),
+        "cuda_plan_reason": _cuda_plan_reason(),
         **{f"built_with_{name}": str(value) for name, value in build.items()},
-        "cpu_isa": _C.cpu_isa(),
+        "cpu_isa": switches.cpu_isa(),
         "cpu_isa_reason": "forced by VGGFAST_CPU_ISA" if forced else "the widest of those this CPU runs",
-        "cpu_isas": list(_C.cpu_isas()),
-        "conv_algo": _C.conv_algo(),
+        "cpu_isas": list(switches.cpu_isas()),
+        "conv_algo": switches.conv_algo(),
         "conv_algo_reason": "VGGFAST_CONV_ALGO" if os.environ.get("VGGFAST_CONV_ALGO") else "the default",
         "threads": torch.get_num_threads(),
         "cuda_of_torch": torch.version.cuda or "none: a CPU build",
         "cuda_devices": devices,
     }
+
+
+def _cuda_plan_reason() -> str:
+    if obstacle := cuda_plan.build_obstacle() or (cuda_plan.gpu_of(0).obstacle if torch.cuda.is_available() else ""):
+        return obstacle
+    if os.environ.get("VGGFAST_CUDA_PLAN"):
+        return "VGGFAST_CUDA_PLAN"
+    return "the default; VGGFAST_CUDA_PLAN=sm80 turns on kernels that no GPU has proven yet"
 
 
 @app.command()
@@ -101,6 +111,12 @@ def explain(
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Images in channels_last memory.")] = False,
     train: Annotated[bool, typer.Option("--train", help="In training mode, where BatchNorm cannot be folded.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="The plan of a GPU of this compute capability and number of SMs, as 8.0,108. No GPU is needed."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show which kernel each layer of MODEL takes, and why not a faster one."""
@@ -116,7 +132,11 @@ def explain(
     )
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.zeros(batch, in_channels, size, size, device=place, dtype=DTYPES[dtype]).to(memory_format=layout)
-    explanation = vggfast.explain(network, x)
+    try:
+        explanation = vggfast.explain(network, x, gpu=gpu)
+    except ValueError as error:  # gpu is not of its form
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
     typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
 
 

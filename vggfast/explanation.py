@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vggfast import ops
+from vggfast.cuda_plan import Gpu, build_obstacle
 from vggfast.fused import Executed, FusedSequential, geometry_obstacle, observer, operands
 
 __all__ = ["Explanation", "Row", "explain"]
@@ -43,9 +44,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The rows of `explain`, in the order of execution. `str()` is a table, `to_dict()` is ready for JSON."""
+    """The rows of `explain`, in the order of execution. `str()` is a table, `to_dict()` is ready for JSON.
+
+    `gpu` is the GPU that they tell of, where that is not the device the model is on.
+    """
 
     rows: tuple[Row, ...]
+    gpu: Gpu | None = None
 
     @property
     def convolutions(self) -> int:
@@ -58,12 +63,13 @@ class Explanation:
         return sum(row.layers.startswith("Conv") and row.fused for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Keys `rows` (one dict per row), `convolutions` and `fused_convolutions`; shapes are lists."""
+        """Keys `rows` (one dict per row), `convolutions`, `fused_convolutions` and `gpu`; shapes are lists."""
         rows = [asdict(row) | {"input": list(row.input), "output": list(row.output)} for row in self.rows]
         return {
             "rows": rows,
             "convolutions": self.convolutions,
             "fused_convolutions": self.fused_convolutions,
+            "gpu": None if self.gpu is None else str(self.gpu),
         }
 
     def __str__(self) -> str:
@@ -76,11 +82,12 @@ class Explanation:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
         lines.insert(1, "-" * max(map(len, lines)))
-        lines.append(f"{self.fused_convolutions} of {self.convolutions} convolutions run on fused kernels.")
+        where = "" if self.gpu is None else f" on a GPU of {self.gpu}, with VGGFAST_CUDA_PLAN=sm80"
+        lines.append(f"{self.fused_convolutions} of {self.convolutions} convolutions run on fused kernels{where}.")
         return "\n".join(lines)
 
 
-def explain(model: nn.Module, *inputs: Any) -> Explanation:
+def explain(model: nn.Module, *inputs: Any, gpu: str | None = None) -> Explanation:
     """Run `model(*inputs)` and say for each convolution, pooling and linear layer which kernel it took, and why.
 
     What ran is what is reported: the model's modes, hooks and the current autocast count. Parameters, buffers (also
@@ -88,7 +95,11 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     the model do run. Compiled models run uncompiled. The model runs once; a second time where layers of a
     `FusedSequential` turn out to be called one by one, to find those.
 
-    Raises TypeError where `model` is not an `nn.Module`, or is a TorchScript one, whose layers cannot be watched; and
+    `gpu`, as in "8.0,108", asks for the kernels of a GPU of that compute capability and number of SMs, with
+    VGGFAST_CUDA_PLAN=sm80; the model still runs where it is, and no GPU is needed. In training mode the kernels of both
+    gradients follow each convolution on a GPU.
+
+    Raises ValueError where `gpu` is not of that form, or this build has no CUDA kernels; TypeError where `model` is not an `nn.Module`, or is a TorchScript one, whose layers cannot be watched; and
     whatever the model itself raises.
     """
     if not isinstance(model, nn.Module):
@@ -97,17 +108,22 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
         raise TypeError("model: a TorchScript module runs torch's own operators; explain the model that it was made of")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
+    target = None if gpu is None else Gpu.parse(gpu)
+    if target is not None and (obstacle := build_obstacle()):
+        raise ValueError(f"gpu: {obstacle}")
     inside = {id(child) for m in model.modules() if isinstance(m, FusedSequential) for child in m.children()}
     leaves = {id(m): m for m in model.modules() if isinstance(m, _OUTSIDE)}
     watched = [m for key, m in leaves.items() if key not in inside]
-    rows, seen = _watch(model, inputs, watched)
+    rows, seen = _watch(model, inputs, watched, target)
     missed = [m for key, m in leaves.items() if key in inside and key not in seen]
     if missed:
-        rows, _ = _watch(model, inputs, watched + missed)
-    return Explanation(tuple(rows))
+        rows, _ = _watch(model, inputs, watched + missed, target)
+    return Explanation(tuple(rows), target)
 
 
-def _watch(model: nn.Module, inputs: Sequence[Any], watched: Sequence[nn.Module]) -> tuple[list[Row], set[int]]:
+def _watch(
+    model: nn.Module, inputs: Sequence[Any], watched: Sequence[nn.Module], gpu: Gpu | None
+) -> tuple[list[Row], set[int]]:
     """The rows of one run with hooks on the `watched` layers, and the ids of all children that were executed."""
     names = {id(module): name.replace("_orig_mod.", "") for name, module in model.named_modules()}
     parents = {id(child): parent for parent in model.modules() for child in parent.children()}
@@ -119,7 +135,9 @@ def _watch(model: nn.Module, inputs: Sequence[Any], watched: Sequence[nn.Module]
         if step.run is not None or isinstance(step.modules[0], _LISTED):
             name = names.get(id(step.modules[0]), step.names[0])
             name += f"..{step.names[-1]}" if len(step.names) > 1 else ""
-            rows.append(_row_inside(name, step))
+            rows.append(_row_inside(name, step, gpu))
+            if model.training and (gpu is not None or (isinstance(step.x, Tensor) and step.x.is_cuda)):
+                rows.extend(_rows_backward(name, step, rows[-1], gpu))
 
     def called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         reason = _reason_outside(module, parents.get(id(module)))
@@ -146,17 +164,27 @@ def _without_traces(model: nn.Module, inputs: Sequence[Any]) -> Iterator[None]:
         yield
 
 
-def _row_inside(name: str, step: Executed) -> Row:
+def _row_inside(name: str, step: Executed, gpu: Gpu | None) -> Row:
     layers = " + ".join(map(_label, step.modules))
     if step.run is None:
         return _row(name, layers, step.x, step.y, reason=step.reason or _reason_inside(step.modules[0]))
     if step.run.weight is None:
-        decision = ops.max_pool2x2_kernel(step.x)
+        decision = ops.max_pool2x2_kernel(step.x, gpu=gpu)
     else:
         relu, pool = step.run.relu is not None, step.run.pool is not None
-        decision = ops.conv3x3_kernel(step.x, *operands(step.run), relu=relu, pool=pool)
+        decision = ops.conv3x3_kernel(step.x, *operands(step.run), relu=relu, pool=pool, gpu=gpu)
     reasons = [decision.reason, f"the next layer stays out: {step.reason}" if step.reason else ""]
     return _row(name, layers, step.x, step.y, decision.kernel, decision.fused, "; ".join(filter(None, reasons)))
+
+
+def _rows_backward(name: str, step: Executed, forward: Row, gpu: Gpu | None) -> Iterator[Row]:
+    """The kernels of both gradients of a fused convolution: one may be torch's where the other is not."""
+    if step.run is None or step.run.weight is None or not forward.fused:
+        return
+    for which in ("grad_input", "grad_weight"):
+        pool = step.run.pool is not None
+        decision = ops.conv3x3_kernel(step.x, *operands(step.run), pool=pool, step=which, gpu=gpu)
+        yield _row(name, which, step.y, step.x, decision.kernel, decision.fused, decision.reason)
 
 
 def _row(name: str, layers: str, x: Any, y: Any, kernel: str = "aten", fused: bool = False, reason: str = "") -> Row:

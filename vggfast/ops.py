@@ -7,26 +7,17 @@ since torch's stable C++ ABI has none of them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as nn_grad
 
-from vggfast import _C
+from vggfast import dispatch
+from vggfast.cuda_plan import Decision, Gpu, Problem
 
 _ops = torch.ops.vggfast
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-class Decision(NamedTuple):
-    """Which kernel a call takes: ``fused`` or not, the ``kernel``'s name, and the ``reason`` for the choice."""
-
-    fused: bool
-    kernel: str
-    reason: str
 
 
 # ---- the ops -------------------------------------------------------------------------------------------------------
@@ -52,11 +43,11 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool
         ValueError: ``weight`` is not ``[C_out, C_in, 3, 3]``.
         RuntimeError: whatever ``conv2d`` and ``max_pool2d`` raise on such tensors.
     """
-    _check_conv3x3(x, weight, bias)
-    if _why_not_conv3x3(x, weight, bias, pool):
+    dispatch.check_conv3x3(x, weight, bias)
+    if dispatch.why_not_conv3x3(x, weight, bias, pool):
         return _aten_conv3x3(x, weight, bias, relu, pool)
     arguments = (x, weight, bias, relu, pool, pool and _wants_grad(x, weight, bias))
-    if _inside_functorch():
+    if dispatch.inside_functorch():
         result: Tensor = _Conv3x3Function.apply(*arguments)[0]  # type: ignore[no-untyped-call]
         return result
     y: Tensor = _ops.conv3x3(*arguments)[0]
@@ -76,10 +67,10 @@ def max_pool2x2(x: Tensor) -> Tensor:
         TypeError: ``x`` is not a tensor.
         RuntimeError: whatever ``max_pool2d`` raises, as for H or W of 1.
     """
-    _check_tensor("x", x)
-    if _why_not_max_pool2x2(x):
+    dispatch.check_tensor("x", x)
+    if dispatch.why_not_max_pool2x2(x):
         return F.max_pool2d(x, 2)
-    if _inside_functorch():
+    if dispatch.inside_functorch():
         result: Tensor = _MaxPool2x2Function.apply(x, _wants_grad(x))[0]  # type: ignore[no-untyped-call]
         return result
     y: Tensor = _ops.max_pool2x2(x, _wants_grad(x))[0]
@@ -87,112 +78,31 @@ def max_pool2x2(x: Tensor) -> Tensor:
 
 
 def conv3x3_kernel(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = True, pool: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    relu: bool = True,
+    pool: bool = False,
+    step: str = "forward",
+    gpu: Gpu | None = None,
 ) -> Decision:
-    """Which kernel ``conv3x3`` takes for these arguments, and why not a faster one. Runs nothing."""
-    _check_conv3x3(x, weight, bias)
-    reason = _why_not_conv3x3(x, weight, bias, pool)
-    if reason:
-        return Decision(False, "aten", reason)
-    n, c_in, h, w = x.shape
-    plan, _, why = _C.cpu_plan("forward", n, c_in, weight.shape[0], h, w).partition(": ")
-    return Decision(True, f"{x.device.type} {_C.cpu_isa()} {plan}", why)
+    """Which kernel ``conv3x3`` takes for these arguments, and why not a faster one. Runs nothing.
+
+    ``step`` may also be "grad_input" or "grad_weight". With ``gpu`` the answer is what that GPU would do, wherever ``x``
+    is, with the CUDA kernels switched on.
+    """
+    dispatch.check_conv3x3(x, weight, bias)
+    return dispatch.decide_conv3x3(x, weight, bias, pool, step, gpu)
 
 
-def max_pool2x2_kernel(x: Tensor) -> Decision:
-    """Which kernel ``max_pool2x2`` takes for ``x``, and why not a faster one. Runs nothing."""
-    _check_tensor("x", x)
-    reason = _why_not_max_pool2x2(x)
-    if reason:
-        return Decision(False, "aten", reason)
-    return Decision(True, f"{x.device.type} {_C.cpu_isa()} max_pool2x2", "2-bit argmax")
+def max_pool2x2_kernel(x: Tensor, *, gpu: Gpu | None = None) -> Decision:
+    """Which kernel ``max_pool2x2`` takes for ``x``, or would take on ``gpu``, and why not a faster one. Runs nothing."""
+    dispatch.check_tensor("x", x)
+    return dispatch.decide_max_pool2x2(x, gpu)
 
 
-# ---- which calls are fused -----------------------------------------------------------------------------------------
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-
-
-def _check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_tensor("x", x)
-    _check_tensor("weight", weight)
-    if bias is not None:
-        _check_tensor("bias", bias)
-    if weight.dim() != 4 or weight.shape[2] != 3 or weight.shape[3] != 3:
-        raise ValueError(f"weight: expected [C_out, C_in, 3, 3], got {list(weight.shape)}")
-
-
-def _why_not_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, pool: bool) -> str:
-    """Why no fused kernel takes this call; empty if one does."""
-    reason = _why_not_image(x, pool)
-    if reason:
-        return reason
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if not torch.compiler.is_compiling() and any(type(t) not in _PLAIN for t in tensors):
-        return "weight or bias is a tensor subclass, whose own rules apply"
-    if any(t.device != x.device or t.layout != torch.strided for t in tensors):
-        return "weight or bias is on another device or not strided"
-    if any(_compute_dtype(t) != _compute_dtype(x) for t in tensors):
-        return "x, weight and bias differ in dtype"
-    if x.shape[1] != weight.shape[1] or x.shape[1] == 0 or weight.shape[0] == 0:
-        return f"x {list(x.shape)} and weight {list(weight.shape)} do not fit, or have no channels"
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-        return f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}"
-    return ""
-
-
-def _why_not_max_pool2x2(x: Tensor) -> str:
-    reason = _why_not_image(x, pool=True)
-    if not reason and x.dtype not in _DTYPES:  # autocast would cast it for a convolution, not for a pool
-        return f"no fused kernel for {x.dtype}"
-    return reason
-
-
-def _why_not_image(x: Tensor, pool: bool) -> str:
-    if x.device.type != "cpu":
-        return f"no fused kernel for device {x.device.type}"
-    if x.layout != torch.strided:
-        return f"no fused kernel for layout {x.layout}"
-    if _compute_dtype(x) not in _DTYPES:
-        return f"no fused kernel for {x.dtype}"
-    if x.dim() != 4:
-        return f"x is {list(x.shape)}, not a batch [N, C, H, W]"
-    if x.shape[0] == 0 or x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
-        return "x is empty"
-    if pool and (x.shape[2] < 2 or x.shape[3] < 2):
-        return f"x {list(x.shape)} is too small to pool"
-    if not torch.compiler.is_compiling() and type(x) not in _PLAIN:
-        return f"x is a {type(x).__name__}, whose own rules apply"
-    return why_not_transforms()
-
-
-def why_not_transforms() -> str:
-    """Why nothing is fused under the torch.func transforms that are active now; empty if something may be."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    if torch.compiler.is_compiling():
-        # Dynamo sees that there is a transform, not which; without one it sees an object that holds None.
-        transform = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
-        return "a torch.func transform is compiled" if transform else ""
-    if _inside_functorch():
-        stack = torch._C._functorch.get_interpreter_stack() or []
-        if any(level.key() != torch._C._functorch.TransformType.Grad for level in stack):
-            return "a torch.func transform other than grad is active"
-    return ""
-
-
-def _inside_functorch() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _compute_dtype(t: Tensor) -> torch.dtype:
-    """The dtype an op computes in: autocast's, where it is on and would cast ``t``."""
-    if torch.is_autocast_enabled(t.device.type) and t.dtype.is_floating_point and t.dtype != torch.float64:
-        return torch.get_autocast_dtype(t.device.type)
-    return t.dtype
+# ---- torch's composition -------------------------------------------------------------------------------------------
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
@@ -303,18 +213,33 @@ def _backward_conv3x3(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor 
     if (
         torch.is_grad_enabled()
     ):  # create_graph: the same from torch's own operations, which have derivatives of any order
-        grad_x, grad_weight, grad_bias = _differentiable_backward(
-            x, weight, y, argmax, grad, h, w, ctx.needs_input_grad
-        )
+        grad_x, grad_weight, grad_bias = _composed_backward(x, weight, y, argmax, grad, h, w, ctx.needs_input_grad)
         return grad_x, grad_weight, grad_bias, None, None, None
-    grad_x = _ops.conv3x3_grad_input(grad, weight, y, argmax, h, w) if needs_x else None
-    grad_weight, grad_bias = (
-        _ops.conv3x3_grad_weight(x, grad, y, argmax) if needs_weight or needs_bias else (None, None)
+    c = x.shape[1] if weight is None else weight.shape[1]
+    no_input, no_weight = _steps_without_kernel(
+        Problem(grad.shape[0], c, grad.shape[1], h, w, ctx.pool, grad.dtype), grad.device
     )
+    by_aten = (needs_x and no_input, needs_weight and no_weight, needs_bias and no_weight)
+    grad_x = grad_weight = grad_bias = None
+    if any(by_aten):
+        grad_x, grad_weight, grad_bias = _composed_backward(x, weight, y, argmax, grad, h, w, by_aten)
+    if needs_x and not no_input:
+        grad_x = _ops.conv3x3_grad_input(grad, weight, y, argmax, h, w)
+    if (needs_weight or needs_bias) and not no_weight:
+        grad_weight, grad_bias = _ops.conv3x3_grad_weight(x, grad, y, argmax)
     return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
 
 
-def _differentiable_backward(
+def _steps_without_kernel(problem: Problem, device: torch.device) -> tuple[bool, bool]:
+    """Whether the gradient of the input, and those of weight and bias, are left to torch's operations."""
+    if device.type == "cpu":
+        return False, False
+    return bool(dispatch.why_not_cuda("grad_input", problem, device)), bool(
+        dispatch.why_not_cuda("grad_weight", problem, device)
+    )
+
+
+def _composed_backward(
     x: Tensor | None,
     weight: Tensor | None,
     y: Tensor | None,
@@ -324,10 +249,11 @@ def _differentiable_backward(
     w: int,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients asked for, from torch's own operations: differentiable where gradients are recorded."""
     if y is not None:
         grad = torch.where(y.detach() <= 0, torch.zeros_like(grad), grad)
     if argmax is not None:
-        grad = _unpool(grad, argmax, h, w)
+        grad = _unpool(grad, argmax, h, w) if torch.is_grad_enabled() else _ops.max_pool2x2_grad(grad, argmax, h, w)
     n, c_out = grad.shape[:2]
     grad_x = grad_weight = grad_bias = None
     if needs[0] and weight is not None:
@@ -390,7 +316,7 @@ def _register_autocast(device: str, key: str) -> torch.library.Library:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def conv3x3_autocast(x: Tensor, weight: Tensor, bias: Tensor | None, *flags: bool) -> tuple[Tensor, Tensor]:
-        cast = [None if t is None else t.to(_compute_dtype(t)) for t in (x, weight, bias)]
+        cast = [None if t is None else t.to(dispatch.compute_dtype(t)) for t in (x, weight, bias)]
         with torch._C._ExcludeDispatchKeyGuard(keys):
             y, argmax = _ops.conv3x3(*cast, *flags)
             return y, argmax

@@ -1,0 +1,151 @@
+"""Which calls fused kernels take: the rules for tensors, modes and transforms, and on each device what its kernels demand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vggfast import _C, cuda_plan, switches
+from vggfast.cuda_plan import Decision, Gpu, Problem
+
+_DEVICES = ("cpu", "cuda")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    if bias is not None:
+        check_tensor("bias", bias)
+    if weight.dim() != 4 or weight.shape[2] != 3 or weight.shape[3] != 3:
+        raise ValueError(f"weight: expected [C_out, C_in, 3, 3], got {list(weight.shape)}")
+
+
+def why_not_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, pool: bool) -> str:
+    """Why no fused kernel takes this call; empty if one does."""
+    reason = _why_not_operands(x, weight, bias, pool)
+    if reason or x.device.type == "cpu":
+        return reason
+    return why_not_cuda("forward", _conv_problem(x, weight, pool), x.device)
+
+
+def why_not_max_pool2x2(x: Tensor) -> str:
+    reason = _why_not_pooled(x)
+    if reason or x.device.type == "cpu":
+        return reason
+    return why_not_cuda("max_pool", _pool_problem(x), x.device)
+
+
+def decide_conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pool: bool, step: str = "forward", gpu: Gpu | None = None
+) -> Decision:
+    """The kernel of one step of ``ops.conv3x3``; with `gpu` that of another GPU, with its kernels switched on."""
+    if reason := _why_not_operands(x, weight, bias, pool):
+        return Decision(False, "aten", reason)
+    if gpu is not None or x.device.type == "cuda":
+        return _decide_cuda(step, _conv_problem(x, weight, pool), x.device, gpu)
+    n, c_in, h, w = x.shape
+    plan, _, why = _C.cpu_plan(step, n, c_in, weight.shape[0], h, w).partition(": ")
+    return Decision(True, f"cpu {_C.cpu_isa()} {plan}", why)
+
+
+def decide_max_pool2x2(x: Tensor, gpu: Gpu | None = None) -> Decision:
+    """The same of ``ops.max_pool2x2``."""
+    if reason := _why_not_pooled(x):
+        return Decision(False, "aten", reason)
+    if gpu is not None or x.device.type == "cuda":
+        return _decide_cuda("max_pool", _pool_problem(x), x.device, gpu)
+    return Decision(True, f"cpu {_C.cpu_isa()} max_pool2x2", "2-bit argmax")
+
+
+def _conv_problem(x: Tensor, weight: Tensor, pool: bool) -> Problem:
+    n, c, h, w = x.shape
+    return Problem(n, c, weight.shape[0], h, w, pool, compute_dtype(x))
+
+
+def _pool_problem(x: Tensor) -> Problem:
+    n, c, h, w = x.shape
+    return Problem(n, c, c, h, w, True, x.dtype)
+
+
+def why_not_cuda(step: str, problem: Problem, device: torch.device) -> str:
+    """Why no CUDA kernel takes the step on that device, as things are set now."""
+    gpu = cuda_plan.gpu_of(device.index)
+    return cuda_plan.why_not(step, problem, gpu, switches.cuda_plan(), cuda_plan.tf32_obstacle())
+
+
+def _decide_cuda(step: str, problem: Problem, device: torch.device, gpu: Gpu | None) -> Decision:
+    """The same as a `Decision`; for another GPU than the device, with the kernels on."""
+    plan = switches.cuda_plan() if gpu is None else "sm80"
+    return cuda_plan.decide(step, problem, gpu or cuda_plan.gpu_of(device.index), plan, cuda_plan.tf32_obstacle())
+
+
+def _why_not_operands(x: Tensor, weight: Tensor, bias: Tensor | None, pool: bool) -> str:
+    reason = _why_not_image(x, pool)
+    if reason:
+        return reason
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if not torch.compiler.is_compiling() and any(type(t) not in _PLAIN for t in tensors):
+        return "weight or bias is a tensor subclass, whose own rules apply"
+    if any(t.device != x.device or t.layout != torch.strided for t in tensors):
+        return "weight or bias is on another device or not strided"
+    if any(compute_dtype(t) != compute_dtype(x) for t in tensors):
+        return "x, weight and bias differ in dtype"
+    if x.shape[1] != weight.shape[1] or x.shape[1] == 0 or weight.shape[0] == 0:
+        return f"x {list(x.shape)} and weight {list(weight.shape)} do not fit, or have no channels"
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        return f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}"
+    return ""
+
+
+def _why_not_pooled(x: Tensor) -> str:
+    if torch.is_autocast_enabled(x.device.type) and x.dtype not in _DTYPES:
+        return f"no fused kernel for {x.dtype}"
+    return _why_not_image(x, pool=True)
+
+
+def _why_not_image(x: Tensor, pool: bool) -> str:
+    if x.device.type not in _DEVICES:
+        return f"no fused kernel for device {x.device.type}"
+    if x.layout != torch.strided:
+        return f"no fused kernel for layout {x.layout}"
+    if compute_dtype(x) not in _DTYPES:
+        return f"no fused kernel for {x.dtype}"
+    if x.dim() != 4:
+        return f"x is {list(x.shape)}, not a batch [N, C, H, W]"
+    if x.shape[0] == 0 or x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+        return "x is empty"
+    if pool and (x.shape[2] < 2 or x.shape[3] < 2):
+        return f"x {list(x.shape)} is too small to pool"
+    if torch.compiler.is_compiling():
+        return ""
+    if type(x) not in _PLAIN:
+        return f"x is a {type(x).__name__}, whose own rules apply"
+    return _why_not_transforms()
+
+
+def _why_not_transforms() -> str:
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if inside_functorch():
+        stack = torch._C._functorch.get_interpreter_stack() or []
+        if any(level.key() != torch._C._functorch.TransformType.Grad for level in stack):
+            return "a torch.func transform other than grad is active"
+    return ""
+
+
+def inside_functorch() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def compute_dtype(t: Tensor) -> torch.dtype:
+    """The dtype an op computes in: autocast's, where it is on and would cast ``t``."""
+    if torch.is_autocast_enabled(t.device.type) and t.dtype.is_floating_point and t.dtype != torch.float64:
+        return torch.get_autocast_dtype(t.device.type)
+    return t.dtype

@@ -1,0 +1,71 @@
+"""The switches that choose kernels, in one place; the environment variables of the same names set them at the start.
+
+| switch | environment | values |
+|---|---|---|
+| `cpu_isa` | `VGGFAST_CPU_ISA` | `auto` (the widest this CPU runs) or one of `cpu_isas()` |
+| `conv_algo` | `VGGFAST_CONV_ALGO` | `auto`, `winograd`, `direct`: the algorithm on a CPU |
+| `cuda_plan` | `VGGFAST_CUDA_PLAN` | `aten` (the default), `sm80`: the kernels on CUDA devices |
+
+Each holds for the whole process, from the next call of an op on. Setters raise ValueError for a value that is none of these, getters
+for such a value in the environment.
+"""
+
+import os
+
+from vggfast import _C
+
+__all__ = [
+    "CUDA_PLANS",
+    "conv_algo",
+    "cpu_isa",
+    "cpu_isas",
+    "cuda_plan",
+    "set_conv_algo",
+    "set_cpu_isa",
+    "set_cuda_plan",
+]
+
+CUDA_PLANS = ("aten", "sm80")
+_cuda_plan = os.environ.get("VGGFAST_CUDA_PLAN") or "aten"
+
+
+def cuda_plan() -> str:
+    """Which kernels calls on CUDA devices take: "aten" for torch's own, "sm80" for this library's wherever one fits."""
+    return _checked_cuda_plan(_cuda_plan)
+
+
+def set_cuda_plan(name: str) -> None:
+    """Use "aten" or "sm80" on CUDA devices. No GPU has proven the kernels of "sm80" yet, which is why it is not the default."""
+    global _cuda_plan
+    _cuda_plan = _checked_cuda_plan(name)
+
+
+def _checked_cuda_plan(name: str) -> str:
+    if name not in CUDA_PLANS:
+        raise ValueError(f"VGGFAST_CUDA_PLAN: expected {' or '.join(CUDA_PLANS)}, got '{name}'")
+    return name
+
+
+def conv_algo() -> str:
+    """The convolution algorithm on a CPU: "auto", "winograd" or "direct"."""
+    return str(_C.conv_algo())
+
+
+def set_conv_algo(name: str) -> None:
+    """Use "auto", "winograd" or "direct" on a CPU; "direct" has the errors of a plain convolution."""
+    _C.set_conv_algo(name)
+
+
+def cpu_isa() -> str:
+    """The instruction set in use on the CPU."""
+    return str(_C.cpu_isa())
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """The instruction sets that this CPU runs, the widest first."""
+    return tuple(_C.cpu_isas())
+
+
+def set_cpu_isa(name: str) -> None:
+    """Use the instruction set of that name, or with "auto" the widest."""
+    _C.set_cpu_isa(name)
