@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from reference import composition, gradients, problem
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from typer.testing import CliRunner
 
 import vggfast
@@ -363,6 +364,18 @@ def test_the_first_layers_gradients_are_torchs(a100: None, c: int) -> None:
     """Its forward kernel has no counterpart backward; the other layers' have."""
     switches.set_cuda_plan("sm80")
     p = Problem(2, c, 24, 8, 8, True, torch.bfloat16)
+    assert ops._steps_without_kernel(p, torch.device("cuda", 0)) == (c == 3, c == 3)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("c", [3, 16])
+def test_sizes_may_be_symbols(monkeypatch: pytest.MonkeyPatch, c: int) -> None:
+    """As where torch.compile traces the backward pass of any batch."""
+    monkeypatch.setattr(cuda_plan, "_look_at", lambda index: A100)
+    switches.set_cuda_plan("sm80")
+    n = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False).from_tensor(torch.empty(5, 2)).shape[0]
+    assert isinstance(n, torch.SymInt)
+    p = Problem(n, c, 24, 8, 8, True, torch.bfloat16)
     assert ops._steps_without_kernel(p, torch.device("cuda", 0)) == (c == 3, c == 3)
 
 

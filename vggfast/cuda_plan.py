@@ -72,7 +72,9 @@ def why_not(step: str, p: Problem, gpu: Gpu, plan: str, no_tf32: str) -> str:
         return no_tf32
     if _fits(step, p, gpu):
         return ""
-    return "no CUDA kernel fits" if torch.compiler.is_compiling() else planned(step, p, gpu)[1]
+    if torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in p[:5]):
+        return "no CUDA kernel fits"  # a plan is made for numbers
+    return planned(step, p, gpu)[1]
 
 
 def decide(step: str, p: Problem, gpu: Gpu, plan: str, no_tf32: str) -> Decision:
