@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_device import on_gpu
 
 from vggfast import _C, switches
 
@@ -29,6 +30,17 @@ def _restore_switches() -> Iterator[None]:
     torch.use_deterministic_algorithms(deterministic)
     torch.set_flush_denormal(False)
     torch.set_grad_enabled(True)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The CPU, and the GPU with its kernels switched on where there is one."""
+    place = torch.device(request.param)
+    if place.type == "cuda" and switches.cuda_plan() == "aten":
+        switches.set_cuda_plan("sm80")
+    yield place
+    if place.type == "cuda":
+        torch.cuda.synchronize()  # an error of a kernel belongs to the test that ran it
 
 
 def pytest_report_header() -> str:

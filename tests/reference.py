@@ -7,7 +7,8 @@ How an error is judged
     * ``store``: a result rounded once to a dtype of unit roundoff u is off by up to u times itself (2^-24, 2^-8, 2^-11), and in
       fp16 by up to 2^-25 where it is subnormal.
     * ``arithmetic``: the fp32 sum of n products. One chain of n multiply-adds collects rounding errors as a random walk does: about
-      0.41 sqrt(n) u of the result's root mean square, taken as 0.5 sqrt(n) u. Winograd has the bound of 5e-6 instead. Both are
+      0.41 sqrt(n) u of the result's root mean square, taken as 0.5 sqrt(n) u. Winograd has the bound of 5e-6 instead, TF32
+      that of one rounding to its 11 bits: two operands' are 0.6 of it on average. These are
       relative to ``scale``, the square root of the same linear map applied to the squared operands: the norm that the result has on
       average over the operands' signs, so that a result which happens to cancel does not tighten the bound. A result larger than
       that comes from products that add up, as those of expanded operands do: its partial sums grow in proportion to their number,
@@ -38,6 +39,7 @@ ALGOS = ("winograd", "direct")
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SUBNORMAL = {torch.float32: 2.0**-150, torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25}  # half the smallest step
 WINOGRAD_BOUND = 5e-6
+ARITHMETIC = {"winograd": WINOGRAD_BOUND, "tf32": 2.0**-11}
 
 
 class Config(NamedTuple):
@@ -268,7 +270,7 @@ def assert_as_good_as_torch(
     error, torch_error = float((ours.double() - exact).norm()), float((torchs.double() - torch_exact).norm())
     # The norm of a few elements strays from its expectation: a bound on a mean of one or two would be a bound on luck.
     few = 1 + 3 / math.sqrt(exact.unique().numel())
-    chain = few * (WINOGRAD_BOUND if algo == "winograd" else 0.5 * math.sqrt(terms) * UNIT[torch.float32])
+    chain = few * ARITHMETIC.get(algo, 0.5 * math.sqrt(terms) * UNIT[torch.float32])
     expected, norm = float(scale.norm()), float(exact.norm())
     arithmetic = chain * (expected if norm <= expected else norm * norm / expected)
     store = UNIT[ours.dtype] * norm + SUBNORMAL[ours.dtype] * math.sqrt(exact.numel())
