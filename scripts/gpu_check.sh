@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in under nine minutes: builds in place, then runs the tests on the device, compute-sanitizer over
+# every kernel, and the benchmarks. Needs no network: Python with torch's CUDA build, nvcc and pytest must be there.
+#
+#     scripts/gpu_check.sh [--dry] [--only REGEX] OUT_DIR
+#
+# --dry prints the steps and their commands, --only runs the steps whose names match. OUT_DIR gets one log a step, results.json
+# (name, outcome, seconds and last line of every step), environment.json and benchmark.json. No failure stops the rest; the exit
+# status is 0 only if every step passed whose tool is there. PYTHON names the interpreter, CHECK_SECONDS the time for everything (520).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+dry= only=.
+while [[ ${1-} == --* ]]; do
+  case $1 in
+    --dry) dry=1 ;;
+    --only) only=${2:?--only needs a regular expression}; shift ;;
+    *) echo "expected --dry, --only REGEX or OUT_DIR, got $1" >&2; exit 2 ;;
+  esac
+  shift
+done
+if [[ $# -ne 1 ]]; then
+  echo "usage: scripts/gpu_check.sh [--dry] [--only REGEX] OUT_DIR" >&2
+  exit 2
+fi
+
+mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
+python=$(command -v "${PYTHON:-python}") || { echo "PYTHON: expected an interpreter, got ${PYTHON:-python}" >&2; exit 2; }
+PATH=$(dirname "$python"):$PATH # ninja lies beside it
+SECONDS=0 deadline=${CHECK_SECONDS:-520}
+export VGGFAST_CUDA_PLAN=${VGGFAST_CUDA_PLAN:-sm80} PYTHONPATH=$PWD PYTHONFAULTHANDLER=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
+names=() outcomes=() seconds=() details=()
+
+write_results() {
+  for i in "${!names[@]}"; do
+    printf '%s\t%s\t%s\t%s\n' "${names[i]}" "${outcomes[i]}" "${seconds[i]}" "${details[i]}"
+  done | "$python" -c '
+import json, sys
+rows = [line.rstrip("\n").split("\t") for line in sys.stdin]
+keys = ("step", "outcome", "seconds", "detail")
+json.dump([dict(zip(keys, row)) | {"seconds": int(row[2])} for row in rows], open(sys.argv[1], "w"), indent=1)
+' "$out/results.json"
+}
+
+# step NAME SECONDS {any|gpu} COMMAND...: with "gpu" only where there is one.
+step() {
+  local name=$1 limit=$2 needs=$3 start=$SECONDS outcome detail
+  shift 3
+  [[ $name =~ $only ]] || return 0
+  if [[ $dry ]]; then
+    printf '%-22s %4ss  %-3s  %s\n' "$name" "$limit" "$needs" "$*"
+    return 0
+  fi
+  printf '\n==== %s (%ss so far)\n' "$name" "$SECONDS"
+  local left=$((deadline - SECONDS)) log=$out/$name.log
+  if [[ $needs == gpu && $gpu != found ]]; then
+    outcome="no GPU" detail=$gpu
+    echo "not run: $gpu" | tee "$log"
+  elif ((left < 5)); then
+    outcome="no time" detail="nothing is left of ${CHECK_SECONDS:-520} s"
+    echo "$detail" | tee "$log"
+  else
+    timeout --kill-after=5 $((limit < left ? limit : left)) "$@" >"$log" 2>&1
+    local status=$?
+    case $status in
+      0) outcome=passed ;;
+      124 | 137) outcome="timed out" ;;
+      77) outcome="not there" ;;
+      *) outcome="failed ($status)" ;;
+    esac
+    detail=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | tr '\t' ' ' | cut -c 1-160)
+    tail -n 5 "$log"
+  fi
+  names+=("$name") outcomes+=("$outcome") seconds+=($((SECONDS - start))) details+=("$detail")
+  write_results
+}
+
+find_gpu() {
+  "$python" - <<'PYTHON' 2>&1 || echo "no GPU was found: $python has no torch that could use one"
+import torch
+
+capable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+seen = torch.cuda.get_device_name() if torch.cuda.is_available() else f"torch {torch.__version__} sees none"
+print("found" if capable else f"no GPU of compute capability 8.0 or more was found: {seen}")
+PYTHON
+}
+
+environment() {
+  nvidia-smi || echo "nvidia-smi: not there"
+  nvcc --version || echo "nvcc: not there"
+  "$python" -m pip list 2>/dev/null
+  "$python" - "$out/environment.json" <<'PYTHON'
+import json, os, platform, shutil, subprocess, sys
+
+import torch
+
+facts = {
+    "python": sys.version,
+    "platform": platform.platform(),
+    "cpus": os.cpu_count(),
+    "torch": torch.__version__,
+    "cuda_of_torch": torch.version.cuda,
+    "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+    "nvcc": shutil.which("nvcc"),
+    "cuda_plan": os.environ["VGGFAST_CUDA_PLAN"],
+    "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+    "gpus": [str(torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())],
+}
+json.dump(facts, open(sys.argv[1], "w"), indent=1)
+print(f"torch {facts['torch']}, GPUs: {', '.join(facts['gpus']) or 'none'}")
+PYTHON
+}
+
+build() {
+  "$python" -m pip install --no-build-isolation --no-deps -e . || {
+    echo "pip could not build it; setup.py directly:"
+    "$python" setup.py build_ext --inplace
+  }
+  (cd / && "$python" -c 'from vggfast import _C; print(_C.build_info()); assert _C.build_info()["cuda"], "built without CUDA"')
+}
+
+# sanitizer TOOL: over every kernel once.
+sanitizer() {
+  local tool
+  tool=$(command -v compute-sanitizer || ls "$(dirname "$(command -v nvcc)")/compute-sanitizer" /usr/local/cuda/bin/compute-sanitizer 2>/dev/null | head -n 1)
+  if [[ -z $tool ]]; then
+    echo "compute-sanitizer: not there"
+    return 77
+  fi
+  "$tool" --tool "$1" --error-exitcode 9 "$python" scripts/gpu_kernels.py
+}
+
+export -f environment build sanitizer
+export out python
+gpu=found
+[[ $dry ]] || gpu=$(find_gpu | tail -n 1)
+
+tests=("$python" -m pytest -q -p no:cacheprovider --no-header -o faulthandler_timeout=60)
+step environment 30 any bash -c environment
+step build 200 any bash -c build
+step info 30 gpu bash -c '"$python" -m vggfast info --json && "$python" -m vggfast explain vgg16 --device cuda --dtype bf16 --train'
+step every-kernel 40 gpu "$python" scripts/gpu_kernels.py
+step errors 90 gpu "${tests[@]}" tests/test_cuda.py -k "errors and not cpu"
+step layouts 60 gpu "${tests[@]}" tests/test_cuda.py -k "layout and not cpu"
+step numbers 40 gpu "${tests[@]}" tests/test_cuda.py -k "not errors and not layout and not cpu"
+step runtime 120 gpu "${tests[@]}" tests/test_cuda_runtime.py -k "not cpu"
+step memcheck 60 gpu bash -c "sanitizer memcheck"
+step racecheck 60 gpu bash -c "sanitizer racecheck"
+step benchmarks 240 gpu "$python" -m pytest benchmarks --benchmark-only -q --benchmark-json="$out/benchmark.json"
+[[ $dry ]] && exit 0
+
+printf '\n%-14s %-12s %7s  %s\n' step outcome seconds "last line"
+failed=0
+for i in "${!names[@]}"; do
+  printf '%-14s %-12s %7s  %s\n' "${names[i]}" "${outcomes[i]}" "${seconds[i]}" "${details[i]}"
+  [[ ${outcomes[i]} == passed || ${outcomes[i]} == "not there" ]] || failed=1
+done
+exit "$failed"

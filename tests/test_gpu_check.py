@@ -1,0 +1,104 @@
+"""scripts/gpu_check.sh and what it runs, as far as a machine without a GPU can tell."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from vggfast import _C
+from vggfast.cuda_plan import Gpu
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+STEPS = [
+    *("environment", "build", "info", "every-kernel", "errors", "layouts", "numbers", "runtime"),
+    *("memcheck", "racecheck", "benchmarks"),
+]
+needs_cuda_build = pytest.mark.skipif(not _C.build_info()["cuda"], reason="built without CUDA kernels: no plans to ask")
+
+
+def gpu_check(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", SCRIPTS / "gpu_check.sh", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_dry_run_names_every_step(tmp_path: Path) -> None:
+    done = gpu_check("--dry", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == STEPS
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_gpu_every_step_says_so(tmp_path: Path) -> None:
+    done = gpu_check("--only", "environment|info|errors|racecheck", tmp_path)
+    assert done.returncode == 1, done.stderr
+    steps = {row["step"]: row for row in json.loads((tmp_path / "results.json").read_text())}
+    assert steps.pop("environment")["outcome"] == "passed"
+    assert list(steps) == ["info", "errors", "racecheck"]
+    for name, row in steps.items():
+        assert row["outcome"] == "no GPU"
+        assert "no GPU" in row["detail"]
+        assert "not run: no GPU" in (tmp_path / f"{name}.log").read_text()
+    assert json.loads((tmp_path / "environment.json").read_text())["gpus"] == []
+    assert "racecheck      no GPU" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--fast", "x"), ("a", "b")])
+def test_wrong_arguments(arguments: tuple[str, ...]) -> None:
+    done = gpu_check(*arguments)
+    assert done.returncode == 2
+    assert "OUT_DIR" in done.stderr
+
+
+def selects(expression: str, test: str) -> bool:
+    """What pytest's -k makes of words, "and" and "not"."""
+    return bool(eval(re.sub(r"\b(?!and\b|not\b)\w+", lambda word: str(word[0] in test), expression)))
+
+
+def test_the_selections_are_the_gpus_tests_each_once() -> None:
+    files = ["tests/test_cuda.py", "tests/test_cuda_runtime.py"]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files]
+    collected = subprocess.run(command, cwd=SCRIPTS.parent, capture_output=True, text=True).stdout.splitlines()
+    names = [name for name in collected if "::" in name]
+    lines = [line for line in (SCRIPTS / "gpu_check.sh").read_text().splitlines() if '"${tests[@]}"' in line]
+    selections = [re.search(r'(tests/\S+) -k "(.*)"', line).groups() for line in lines]
+    for name in names:
+        test = name.split("::")[1]
+        selected = [e for file, e in selections if name.startswith(file) and selects(e, test)]
+        assert len(selected) == ("cpu" not in test), name
+    assert sum("cpu" not in name for name in names) > 150
+
+
+@pytest.fixture(scope="module")
+def gpu_kernels() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_kernels", SCRIPTS / "gpu_kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("gpu", [Gpu(80, 108), Gpu(86, 84), Gpu(89, 142), Gpu(90, 132), Gpu(100, 148), Gpu(120, 170)])
+def test_every_kernel_is_called(gpu_kernels: ModuleType, gpu: Gpu) -> None:
+    reached = set()
+    for p in gpu_kernels.problems(gpu):
+        steps = ["forward", "grad_input", "unmasked grad_input", "grad_weight", "max_pool"] if p.c > 3 else ["forward"]
+        reached |= {gpu_kernels.planned_kernel(step, p, gpu) for step in steps}
+    assert gpu_kernels.expected_kernels() - reached == set()
+
+
+@needs_cuda_build
+def test_the_calls_are_good_ones(gpu_kernels: ModuleType) -> None:
+    """On the CPU, as for a small GPU: its batches are small."""
+    gpu = Gpu(80, 16)
+    reached = set.union(*(gpu_kernels.run(p, gpu, "cpu") for p in gpu_kernels.problems(gpu)))
+    assert gpu_kernels.expected_kernels() - reached == set()
+    assert gpu_kernels.main() == 1 or os.environ.get("CUDA_VISIBLE_DEVICES") != ""
