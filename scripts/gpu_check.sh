@@ -113,10 +113,12 @@ PYTHON
 
 build() {
   "$python" -m pip install --no-build-isolation --no-deps -e . || {
-    echo "pip could not build it; setup.py directly:"
-    "$python" setup.py build_ext --inplace
+    # A setuptools that is too old for pyproject.toml does not see it from elsewhere.
+    local root=$PWD elsewhere
+    elsewhere=$(mktemp -d)
+    (cd "$elsewhere" && "$python" "$root/setup.py" build_ext --build-lib "$root" --build-temp "$root/build/gpu_check")
   }
-  (cd / && "$python" -c 'from vggfast import _C; print(_C.build_info()); assert _C.build_info()["cuda"], "built without CUDA"')
+  "$python" -c 'from vggfast import _C; print(_C.build_info()); assert _C.build_info()["cuda"], "built without CUDA"'
 }
 
 # sanitizer TOOL: over every kernel once.
