@@ -30,39 +30,55 @@ __device__ __forceinline__ float relu_keeping_nan(float value) {
   return value <= 0.0f ? 0.0f : value;
 }
 
-/// One warp's part of the epilogue and the block's stores. `tile` is the shared memory of the finished tile.
-template <class Gemm>
+/// Where the rows of a tile of pools (see tile.cuh) go: indices in the whole batch, negative for rows that stand for nothing.
+struct PoolRowPlaces {
+  const TileRow* rows;
+  int first_pixel, first_pool; // of the tile's first row
+  int pools;
+
+  __device__ __forceinline__ int64_t pixel(int row) const {
+    const TileRow entry = rows[row];
+    return entry.taps & TileRow::kExists ? int64_t{first_pixel} + entry.pixel : -1;
+  }
+  __device__ __forceinline__ int64_t pool(int row) const { return first_pool + row < pools ? first_pool + row : -1; }
+};
+
+/// One warp's part of the epilogue and the stores of its group of threads. Gemm: the tile's sizes, element type and
+/// accumulators, and which threads share it; every 16 rows are four pools as in tile.cuh. Places: what a row stands for.
+template <class Gemm, class Places>
 class TileWriter {
   using Element = typename Gemm::Element;
   using Storage = typename Gemm::Storage;
   static constexpr int kRows = Gemm::shape.block_m, kColumns = Gemm::shape.block_n;
   static constexpr int kRowBytes = kColumns * Gemm::kElementBytes;
   static constexpr int kArgmaxRowBytes = kColumns / 4;
-  static_assert(kRows * kRowBytes <= Gemm::kStageBytes);
-  static_assert(kRows / 4 * (kRowBytes + kArgmaxRowBytes) <= Gemm::kStageBytes);
 
 public:
-  __device__ TileWriter(const Epilogue& epilogue, typename Gemm::Shared& shared, int first_channel)
-      : epilogue_(epilogue), tile_(shared.finished), argmax_tile_(tile_ + kRows / 4 * kRowBytes), rows_(shared.rows),
+  /// Shared memory for the finished tile.
+  static constexpr int kStagingBytes = kRows * kRowBytes;
+  static_assert(kRows / 4 * (kRowBytes + kArgmaxRowBytes) <= kStagingBytes);
+
+  /// `tile`: kStagingBytes at a 128-byte boundary.
+  __device__ TileWriter(const Epilogue& epilogue, unsigned char* tile, const Places& places, int first_channel)
+      : epilogue_(epilogue), tile_(tile), argmax_tile_(tile_ + kRows / 4 * kRowBytes), places_(places),
         first_channel_(first_channel) {}
 
-  /// Every warp has passed the main loop's last barrier. `pixel`, `pool`: of the tile's first row in the whole batch.
-  __device__ void write(typename Gemm::Accumulators& sums, int pixel, int pool, int pools) {
+  /// Nobody uses the staging memory any more.
+  __device__ void write(typename Gemm::Accumulators& sums) {
     finish_values(sums);
     if (epilogue_.pool) {
       stage_pools(sums);
     } else {
       stage_pixels(sums);
     }
-    __syncthreads();
+    Gemm::barrier();
     if (!epilogue_.pool) {
-      store_pixels(pixel);
+      store_pixels();
       return;
     }
-    const int rows = min(kRows / 4, pools - pool);
-    store_pools(pool, rows);
+    store_pools();
     if (epilogue_.argmax != nullptr) {
-      store_argmax(pool, rows);
+      store_argmax();
     }
   }
 
@@ -138,37 +154,33 @@ private:
     }
   }
 
-  __device__ __forceinline__ void store_pixels(int pixel) {
-    for (int item = threadIdx.x; item < kRows * kChunks; item += Gemm::kThreads) {
-      const int row = item / kChunks, chunk = item % kChunks;
-      const TileRow entry = rows_[row];
-      if (entry.taps & TileRow::kExists) {
-        store_chunk(int64_t{pixel} + entry.pixel, row, chunk);
-      }
+  __device__ __forceinline__ void store_pixels() {
+    for (int item = Gemm::thread(); item < kRows * kChunks; item += Gemm::kThreads) {
+      store_chunk(places_.pixel(item / kChunks), item / kChunks, item % kChunks);
     }
   }
 
-  __device__ __forceinline__ void store_pools(int pool, int rows) {
-    for (int item = threadIdx.x; item < rows * kChunks; item += Gemm::kThreads) {
-      store_chunk(int64_t{pool} + item / kChunks, item / kChunks, item % kChunks);
+  __device__ __forceinline__ void store_pools() {
+    for (int item = Gemm::thread(); item < kRows / 4 * kChunks; item += Gemm::kThreads) {
+      store_chunk(places_.pool(item / kChunks), item / kChunks, item % kChunks);
     }
   }
 
   __device__ __forceinline__ void store_chunk(int64_t position, int row, int chunk) {
     const int channel = first_channel_ + chunk * kVector<Element>;
-    if (channel < epilogue_.channels) {
+    if (position >= 0 && channel < epilogue_.channels) {
       auto* y = static_cast<Storage*>(epilogue_.y) + position * epilogue_.channels + channel;
       *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(tile_ + swizzle<kRowBytes>(row, chunk));
     }
   }
 
-  __device__ __forceinline__ void store_argmax(int pool, int rows) {
+  __device__ __forceinline__ void store_argmax() {
     const int bytes = min(kArgmaxRowBytes, (epilogue_.channels - first_channel_) / 4);
-    for (int item = threadIdx.x; item < rows * kArgmaxRowBytes; item += Gemm::kThreads) {
-      const int row = item / kArgmaxRowBytes, byte = item % kArgmaxRowBytes;
-      if (byte < bytes) {
-        const int64_t at = (int64_t{pool} + row) * (epilogue_.channels / 4) + first_channel_ / 4 + byte;
-        epilogue_.argmax[at] = argmax_tile_[item];
+    for (int item = Gemm::thread(); item < kRows / 4 * kArgmaxRowBytes; item += Gemm::kThreads) {
+      const int byte = item % kArgmaxRowBytes;
+      const int64_t pool = places_.pool(item / kArgmaxRowBytes);
+      if (pool >= 0 && byte < bytes) {
+        epilogue_.argmax[pool * (epilogue_.channels / 4) + first_channel_ / 4 + byte] = argmax_tile_[item];
       }
     }
   }
@@ -185,8 +197,18 @@ private:
   const Epilogue& epilogue_;
   unsigned char* tile_;
   unsigned char* argmax_tile_;
-  const TileRow* rows_;
+  const Places places_;
   int first_channel_;
 };
+
+/// A whole block's tile of pools, staged where its main loop had its stages.
+template <class Gemm>
+__device__ __forceinline__ void write_pool_rows(const Epilogue& epilogue, typename Gemm::Shared& shared,
+                                                const PoolRowPlaces& places, int first_channel, typename Gemm::Accumulators& sums) {
+  using Writer = TileWriter<Gemm, PoolRowPlaces>;
+  static_assert(Writer::kStagingBytes <= Gemm::kStageBytes);
+  Writer writer(epilogue, shared.finished, places, first_channel);
+  writer.write(sums);
+}
 
 } // namespace vggfast::cuda

@@ -203,6 +203,9 @@ struct Gemm {
     float values[kFragmentsM][kFragmentsN][4];
   };
 
+  // The threads that share the tile: the whole block.
+  static __device__ int thread() { return threadIdx.x; }
+  static __device__ void barrier() { __syncthreads(); }
   static __device__ int warp_row() { return threadIdx.x / 32 / shape.warps_n * kWarpM; }
   static __device__ int warp_column() { return threadIdx.x / 32 % shape.warps_n * kWarpN; }
 

@@ -123,8 +123,9 @@ __global__ void __launch_bounds__(tile_shape(TileId::m64n64).threads(), 4)
     for (int stage = Layer::kFirstStage; stage < Tile::shape.stages; ++stage) {
       Tile::template multiply<Order::rows, Order::rows>(sums, shared.tile.stages[stage]);
     }
-    TileWriter<Tile> writer(params.epilogue, shared.tile, first_channel);
-    writer.write(sums, params.grid.pixel(params.grid.pool(pool)), pool, params.grid.pools);
+    write_pool_rows<Tile>(params.epilogue, shared.tile,
+                          {shared.tile.rows, params.grid.pixel(params.grid.pool(pool)), pool, params.grid.pools}, first_channel,
+                          sums);
   }
 }
 

@@ -85,8 +85,7 @@ __global__ void __launch_bounds__(tile_shape(kTile).threads(), 2) forward_kernel
   const int blocks = 9 * ((params.c + Tile::kDepth - 1) / Tile::kDepth);
   mainloop<Tile, Order::rows, Order::rows>(sums, shared, loader, blocks);
 
-  TileWriter<Tile> writer(params.epilogue, shared, first_channel);
-  writer.write(sums, pixel, pool, params.grid.pools);
+  write_pool_rows<Tile>(params.epilogue, shared, {shared.rows, pixel, pool, params.grid.pools}, first_channel, sums);
 }
 
 template <class Element, TileId kTile>

@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(tile_shape(kTile).threads(), 2)
     mainloop<Tile, Order::rows, Order::transposed>(sums, shared, loader, blocks);
   }
 
-  TileWriter<Tile> writer(params.epilogue, shared, first_channel);
-  writer.write(sums, params.grid.pixel(params.grid.pool(pool)), pool, params.grid.pools);
+  write_pool_rows<Tile>(params.epilogue, shared, {shared.rows, params.grid.pixel(params.grid.pool(pool)), pool, params.grid.pools},
+                        first_channel, sums);
 }
 
 template <class Element, TileId kTile>
