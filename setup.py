@@ -69,6 +69,11 @@ def gencode_flags() -> list[str]:
     return flags
 
 
+def hopper_flags() -> list[str]:
+    """For csrc/cuda/sm90: wgmma and setmaxnreg exist in machine code for 9.0a alone, whatever else is compiled for."""
+    return ["-gencode=arch=compute_90a,code=sm_90a"]
+
+
 def sources(cuda: bool) -> list[Path]:
     found = [ROOT / "csrc/ops.cpp", *ROOT.glob("csrc/cpu/*.cpp")]
     if cuda:
@@ -95,7 +100,7 @@ def compile_flags(nvcc: Path | None) -> list[str]:
     ]
 
 
-def nvcc_flags() -> list[str]:
+def nvcc_flags(gencode: list[str]) -> list[str]:
     host = "-fPIC,-fvisibility=hidden,-Wall"
     extra = os.environ.get("NVCC_FLAGS", "").split()
     return [
@@ -104,7 +109,7 @@ def nvcc_flags() -> list[str]:
         "--expt-relaxed-constexpr",
         f"-Xcompiler={host}",
         f"-I{ROOT / 'csrc'}",
-        *gencode_flags(),
+        *gencode,
         *extra,
     ]
 
@@ -133,16 +138,19 @@ def ninja_file(output: Path, work: Path) -> str:
         f"cxx = {cxx}",
         f"nvcc = {nvcc} -ccbin {cxx}",
         f"cxx_flags = {' '.join(compile_flags(nvcc))}",
-        f"nvcc_flags = {' '.join(nvcc_flags())}",
+        f"nvcc_flags = {' '.join(nvcc_flags(gencode_flags()))}",
+        f"hopper_flags = {' '.join(nvcc_flags(hopper_flags()))}",
         f"link = {' '.join(link_flags(nvcc))}",
         "rule cpp\n command = $cxx $cxx_flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
         "rule cu\n command = $nvcc $nvcc_flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
+        "rule cu_hopper\n command = $nvcc $hopper_flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
         "rule link\n command = $cxx $in $link -o $out",
     ]
     objects = []
     for source in sources(cuda=nvcc is not None):
         objects.append(work / source.relative_to(ROOT).with_suffix(source.suffix + ".o"))
-        lines.append(f"build {objects[-1]}: {source.suffix[1:]} {source}")
+        rule = "cu_hopper" if source.suffix == ".cu" and source.parent.name == "sm90" else source.suffix[1:]
+        lines.append(f"build {objects[-1]}: {rule} {source}")
     lines.append(f"build {output}: link {' '.join(map(str, objects))}")
     return "\n".join(lines) + "\n"
 

@@ -11,7 +11,7 @@
 namespace vggfast::cuda {
 
 enum class Pass : int { forward, grad_input, grad_weight, max_pool };
-enum class Kernel : int { aten, implicit_gemm, first_layer, pointwise };
+enum class Kernel : int { aten, implicit_gemm, first_layer, pointwise, wgmma };
 
 /// Tiles of the implicit GEMMs, rows x columns of the product; each is instantiated by hand in sm80/*.cu.
 enum class TileId : int { m128n128, m256n64, m64n64 };
@@ -21,6 +21,15 @@ inline constexpr int kTiles = 3;
 inline constexpr int kStageRowBytes = 64;
 /// Bytes of a tile's table of pixels per row (TileRow).
 inline constexpr int kTileRowBytes = 12;
+
+/// Tiles of the sm_90 kernels, rows x columns of the product; each is instantiated by hand in sm90/*.cu.
+enum class WideTile : int { m256n64, m256n128, m128n256, m128n128 };
+inline constexpr int kWideTiles = 4;
+
+/// The pixels that are rows of one tile: columns (the fastest), rows, images.
+struct PixelBox {
+  int w, h, n;
+};
 
 /// A block's tile of the product, and the grid of warps that share it.
 struct TileShape {
@@ -79,13 +88,22 @@ struct Plan {
   int splits = 1;                   // parts of the reduction, each with its own partial result (grad_weight)
   int64_t workspace_bytes = 0;
   const char* reason = ""; // which limit or measurement chose this row
+  // Kernel::wgmma alone; tiles_m and tiles_n then count boxes of pixels and tiles of channels.
+  WideTile wide_tile = WideTile::m256n64;
+  PixelBox box{};
+  int64_t blocks = 0; // persistent, at most one an SM
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Plan& plan) {
-  constexpr const char* kernels[] = {"aten", "implicit_gemm", "first_layer", "pointwise"};
+  constexpr const char* kernels[] = {"aten", "implicit_gemm", "first_layer", "pointwise", "wgmma"};
   constexpr const char* tiles[] = {"m128n128", "m256n64", "m64n64"};
+  constexpr const char* wide_tiles[] = {"m256n64", "m256n128", "m128n256", "m128n128"};
   out << kernels[static_cast<int>(plan.kernel)];
-  if (plan.kernel == Kernel::implicit_gemm || plan.kernel == Kernel::first_layer) {
+  if (plan.kernel == Kernel::wgmma) {
+    out << " tile=" << wide_tiles[static_cast<int>(plan.wide_tile)] << " box=" << plan.box.w << "x" << plan.box.h << "x"
+        << plan.box.n << " tiles=" << plan.tiles_m << "x" << plan.tiles_n << " blocks=" << plan.blocks
+        << " workspace=" << plan.workspace_bytes;
+  } else if (plan.kernel == Kernel::implicit_gemm || plan.kernel == Kernel::first_layer) {
     out << " tile=" << tiles[static_cast<int>(plan.tile)] << " grid=" << plan.tiles_m << "x" << plan.tiles_n << "x" << plan.splits
         << " workspace=" << plan.workspace_bytes;
   }

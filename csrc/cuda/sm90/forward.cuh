@@ -1,0 +1,25 @@
+// y = maxpool2x2?(relu?(conv3x3(x, weight) + bias)) with TMA and wgmma.
+#pragma once
+
+#include "cuda/sm90/implicit_gemm.cuh"
+
+namespace vggfast::cuda::sm90 {
+
+template <class Element, WideTile kTile>
+__global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ GemmParams params) {
+  run_implicit_gemm<WideGemm<Element, kTile, Filters::rows>>(params);
+}
+
+template <class Element, WideTile kTile>
+void launch_forward(const Problem& p, const Plan& plan, const ForwardPointers& pointers, cudaStream_t stream) {
+  using Gemm = WideGemm<Element, kTile, Filters::rows>;
+  const GemmParams params{make_image_map("x", p.dtype, pointers.x, p.n, p.h, p.w, p.c, plan.box),
+                          make_filter_map(p.dtype, pointers.weight, p.k, p.c, Gemm::kN),
+                          {pointers.bias, pointers.y, pointers.argmax, static_cast<int>(p.k), p.relu, p.pool},
+                          make_tile_grid(plan, p.n, p.pool ? p.h / 2 * 2 : p.h, p.pool ? p.w / 2 * 2 : p.w),
+                          static_cast<int>((p.c + kSwizzleRow - 1) / kSwizzleRow)};
+  const LaunchShape shape{plan.blocks, kThreads, int{sizeof(typename Gemm::Shared)}};
+  launch_kernel("sm90 forward", forward_kernel<Element, kTile>, shape, stream, params);
+}
+
+} // namespace vggfast::cuda::sm90

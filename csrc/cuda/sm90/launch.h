@@ -1,0 +1,14 @@
+// The sm_90 kernels as host functions; what sm80/launch.h promises holds here too. `plan` comes from choose_plan_sm90 and is
+// Kernel::wgmma; tensors are bf16 or fp16.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/plan_sm90.h"
+
+namespace vggfast::cuda::sm90 {
+
+/// Pass::forward. x is dense NHWC: its strides are not read.
+void forward(const Problem& problem, const Plan& plan, const ForwardPointers& pointers, cudaStream_t stream);
+
+} // namespace vggfast::cuda::sm90
