@@ -17,22 +17,24 @@ import torch
 HERE = pathlib.Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 RUNTIME_SOURCES = (
-    *(HERE / f"{name}.cpp" for name in ("memory", "machine", "warp", "hooks", "device")),
+    *(HERE / f"{name}.cpp" for name in ("memory", "machine", "warp", "async", "wgmma", "hooks", "device")),
     CSRC / "cuda" / "launch.cpp",
 )
-KERNEL_SOURCES = ("forward", "first_layer", "grad_input", "grad_weight", "pointwise")
+KERNEL_SOURCES = tuple(f"sm80/{name}" for name in ("forward", "first_layer", "grad_input", "grad_weight", "pointwise"))
+WIDE_SOURCES = ("sm90/forward",)
 RUNTIME_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
 # The sanitizers only for their calls around every access: the emulator defines them (hooks.cpp) and links no runtime.
 KERNEL_FLAGS = (
     *("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fsanitize=thread,alignment"),
-    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"),
 )
 
 JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 TILES = {"m128n128": 0, "m256n64": 1, "m64n64": 2}
 PASSES = {"forward": 0, "grad_input": 1, "grad_weight": 2, "max_pool": 3}
-KERNELS = ("aten", "implicit_gemm", "first_layer", "pointwise")
+KERNELS = ("aten", "implicit_gemm", "first_layer", "pointwise", "wgmma")
+WIDE_TILES = ("m256n64", "m256n128", "m128n256", "m128n128")
 H100 = (132, 90)
 TINY_GPU = (1, 80)
 
@@ -63,6 +65,11 @@ class Plan(ctypes.Structure):
         ("splits", ctypes.c_int),
         ("workspace_bytes", ctypes.c_int64),
         ("reason", ctypes.c_char_p),
+        ("wide_tile", ctypes.c_int),
+        ("box_w", ctypes.c_int),
+        ("box_h", ctypes.c_int),
+        ("box_n", ctypes.c_int),
+        ("blocks", ctypes.c_int64),
     ]
 
 
@@ -82,6 +89,7 @@ GradPreactPointers = pointers("grad", "y", "argmax", "grad_preact")
 
 class Statistics(ctypes.Structure):
     names = ("mma", "ldmatrix", "ldmatrix_conflicts", "cp_async", "barriers", "accesses")
+    names += ("wgmma", "tma_boxes", "registers_moved")
     _fields_ = [(name, ctypes.c_uint64) for name in names]
 
 
@@ -118,9 +126,10 @@ def link(objects: list[pathlib.Path], library: pathlib.Path, *, only_some_kernel
 
 def build(folder: pathlib.Path) -> Emulator:
     """Compiles every kernel source with all its instantiations."""
-    sources = [CSRC / "cuda" / "sm80" / f"{name}.cu" for name in KERNEL_SOURCES]
-    kernels = compile_objects([(source, folder / f"{source.name}.o", CSRC, KERNEL_FLAGS) for source in sources])
-    return link([*build_runtime(folder), *kernels], folder / "emulator.so")
+    sources = [CSRC / "cuda" / f"{name}.cu" for name in (*KERNEL_SOURCES, *WIDE_SOURCES)]
+    objects = [folder / f"{source.parent.name}_{source.stem}.o" for source in sources]
+    calls = [(source, target, CSRC, KERNEL_FLAGS) for source, target in zip(sources, objects, strict=True)]
+    return link([*build_runtime(folder), *compile_objects(calls)], folder / "emulator.so")
 
 
 @dataclasses.dataclass
@@ -170,6 +179,23 @@ class Emulator:
         plan = Plan()
         arguments = (ctypes.byref(problem), ctypes.byref(GpuDevice(*device)), ctypes.byref(plan))
         self.library.emu_plan(PASSES[step], *arguments)
+        return plan
+
+    def wide_plan(
+        self, step: str, case: Case, *, sms: int = 2, tile: str | None = None, box: tuple[int, int, int] | None = None
+    ) -> Plan:
+        """The sm_90 plan for a GPU of ``sms`` SMs, or the same on another tile and box of pixels."""
+        plan = Plan()
+        arguments = (ctypes.byref(case.problem), ctypes.byref(GpuDevice(sms, 90)), ctypes.byref(plan))
+        self.library.emu_plan_sm90(PASSES[step], *arguments)
+        if tile is not None:
+            plan.wide_tile = WIDE_TILES.index(tile)
+            plan.box_w, plan.box_h, plan.box_n = box or (8, 2, int(tile[1:4]) // 16)
+            h, w = (case.h // 2 * 2, case.w // 2 * 2) if step == "forward" and case.pool else (case.h, case.w)
+            boxes = -(-w // plan.box_w), -(-h // plan.box_h), -(-case.n // plan.box_n)
+            plan.tiles_m = boxes[0] * boxes[1] * boxes[2]
+            plan.tiles_n = -(-(case.k if step == "forward" else case.c) // int(tile.split("n")[1]))
+            plan.blocks = min(sms, plan.tiles_m * plan.tiles_n)
         return plan
 
     def plan_text(self, plan: Plan) -> str:
@@ -240,12 +266,13 @@ class Emulator:
         bias: torch.Tensor | None,
         *,
         tile: str | None = None,
+        plan: Plan | None = None,
         argmax: bool = True,
         seed: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``y`` and, for pooled cases, its argmax. ``x`` ``[N, H, W, C]`` in any strides if it is a first layer."""
         self.reset(seed)
-        plan = self.plan("forward", case.problem)
+        plan = plan or self.plan("forward", case.problem)
         if tile is not None:
             self.retile(plan, tile, self.pixel_rows(case, case.pool), case.k)
         storage = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cuda/sm80/launch.h"
+#include "cuda/sm90/launch.h"
 
 namespace {
 
@@ -29,6 +30,9 @@ extern "C" {
 void emu_plan(int pass, const Problem* problem, const Device* device, Plan* plan) {
   *plan = choose_plan(static_cast<Pass>(pass), *problem, *device);
 }
+void emu_plan_sm90(int pass, const Problem* problem, const Device* device, Plan* plan) {
+  *plan = choose_plan_sm90(static_cast<Pass>(pass), *problem, *device);
+}
 const char* emu_plan_text(const Plan* plan) {
   std::ostringstream text;
   text << *plan;
@@ -37,9 +41,11 @@ const char* emu_plan_text(const Plan* plan) {
 }
 
 const char* emu_forward(const Problem* problem, const Plan* plan, const ForwardPointers* pointers) {
+  // Called one by one, not through a pointer: a library may be linked without some of them.
   return guarded([&] {
-    plan->kernel == Kernel::first_layer ? sm80::first_layer(*problem, *plan, *pointers, nullptr)
-                                        : sm80::forward(*problem, *plan, *pointers, nullptr);
+    if (plan->kernel == Kernel::first_layer) return sm80::first_layer(*problem, *plan, *pointers, nullptr);
+    if (plan->kernel == Kernel::wgmma) return sm90::forward(*problem, *plan, *pointers, nullptr);
+    sm80::forward(*problem, *plan, *pointers, nullptr);
   });
 }
 const char* emu_grad_input(const Problem* problem, const Plan* plan, const GradInputPointers* pointers) {

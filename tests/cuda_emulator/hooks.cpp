@@ -37,6 +37,10 @@ void __tsan_write_range(void* at, size_t bytes) {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
+/// Of the guard of a function's static variable, in host code.
+unsigned char __tsan_atomic8_load(const volatile unsigned char* at, int) {
+  return __atomic_load_n(at, __ATOMIC_ACQUIRE);
+}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 void __ubsan_handle_type_mismatch_v1(void*, void*) {

@@ -149,7 +149,7 @@ bool Machine::run_block(uint32_t number) {
   epoch_ = 1;
   unfinished_ = thread_count_;
   at_barrier_ = 0;
-  shared.begin_block(launch_->shared_bytes);
+  shared.begin_block(launch_->shared_bytes, thread_count_);
   start_fibers();
   const size_t next = random() % runnable_.size();
   current_ = &threads_[runnable_[next]];
@@ -163,11 +163,23 @@ bool Machine::run_block(uint32_t number) {
 void Machine::start_fibers() {
   threads_.assign(thread_count_, Thread{});
   warps_.assign(thread_count_ / 32, Warp{});
+  std::fill(std::begin(named_barriers_), std::end(named_barriers_), NamedBarrier{});
+  mbarriers.clear();
+  bulk_copies.clear();
+  fences.assign(thread_count_, {});
+  products_of.assign((thread_count_ + 127) / 128, {});
+  const int registers = std::min(255, static_cast<int>(65536 / thread_count_)) / 8 * 8; // what __launch_bounds__ leaves
+  free_registers = 65536 - int64_t{registers} * thread_count_;
+  for (Warp& entry : warps_) {
+    entry.registers = registers;
+  }
   runnable_.resize(thread_count_);
   std::iota(runnable_.begin(), runnable_.end(), uint16_t{0});
   for (uint32_t i = 0; i < thread_count_; ++i) {
     Thread& thread = threads_[i];
     thread.linear = static_cast<uint16_t>(i);
+    thread.clock.assign(thread_count_ + thread_count_ / 32 + kMaxMbarriers, 0);
+    thread.clock[i] = 1;
     thread.index = dim3(i % launch_->block.x, i / launch_->block.x % launch_->block.y, i / launch_->block.x / launch_->block.y);
     // Six callee-saved registers, then the address to return to; the stack is 16-byte aligned at the entry's call.
     auto** top = reinterpret_cast<void**>(stacks_ + (i + 1) * kStackBytes - 64);
@@ -189,6 +201,9 @@ void Machine::fiber_main() {
 void Machine::finish_fiber() {
   if (!current_->open_group.empty() || !current_->groups.empty()) {
     fail("the thread ends with asynchronous copies it never waited for", nullptr);
+  }
+  if (!current_->open_products.empty() || !current_->product_groups.empty()) {
+    fail("the thread ends with asynchronous products it never waited for", nullptr);
   }
   --unfinished_;
   current_->wait = Wait::finished;
@@ -212,6 +227,13 @@ void Machine::fail(const std::string& what, const void* code) {
 /// Leaves the running fiber, which is waiting or finished, for a random runnable one, or for the host.
 void Machine::schedule() {
   Thread* from = current_;
+  if (unfinished_ == 0) {
+    check_end_of_block();
+  }
+  // Bulk copies land at any time, at the latest when nothing else can happen.
+  while (!bulk_copies.empty() && (runnable_.empty() || random() % 4 == 0)) {
+    land_bulk_copy(random() % bulk_copies.size());
+  }
   if (runnable_.empty()) {
     if (unfinished_ > 0) {
       report_deadlock();
@@ -228,15 +250,39 @@ void Machine::schedule() {
   }
 }
 
+void Machine::check_end_of_block() {
+  if (!bulk_copies.empty()) {
+    fail("the block ends with bulk copies in flight", nullptr);
+  }
+  for (uint32_t warp = 0; warp < warps_.size(); ++warp) {
+    if (warps_[warp].products != products_of[warp / 4].size()) {
+      fail("wgmma: a warp of the warpgroup did not take part in all products", nullptr);
+    }
+    if (warps_[warp].registers != warps_[warp / 4 * 4].registers) {
+      fail("setmaxnreg: the warps of a warpgroup ask for different numbers", nullptr);
+    }
+  }
+}
+
 void Machine::report_deadlock() {
   std::ostringstream text;
-  int barrier = 0, warp = 0;
+  int barrier = 0, warp = 0, mbarrier = 0;
   for (const Thread& thread : threads_) {
-    barrier += thread.wait == Wait::barrier;
+    barrier += thread.wait == Wait::barrier || thread.wait == Wait::named_barrier;
     warp += thread.wait == Wait::warp;
+    mbarrier += thread.wait == Wait::mbarrier;
   }
-  text << "deadlock: " << barrier << " threads wait at a barrier, " << warp << " in a warp operation, "
-       << threads_.size() - unfinished_ << " have ended";
+  text << "deadlock: " << barrier << " threads wait at a barrier, " << warp << " in a warp operation, ";
+  if (mbarrier > 0) {
+    text << mbarrier << " for a phase of an mbarrier, ";
+  }
+  text << threads_.size() - unfinished_ << " have ended";
+  for (const Mbarrier& entry : mbarriers) {
+    if (entry.pending < entry.arrivals || entry.bytes != 0) {
+      text << "; mbarrier " << &entry - mbarriers.data() << " in phase " << entry.phase << " lacks " << entry.pending << " of "
+           << entry.arrivals << " arrivals and " << entry.bytes << " bytes";
+    }
+  }
   for (const Warp& entry : warps_) {
     if (entry.arrived > 0) {
       text << "; " << entry.arrived << " of 32 lanes arrived at " << entry.operation;
@@ -250,6 +296,39 @@ void Machine::block(Wait wait) {
   schedule();
 }
 
+void Machine::yield() {
+  runnable_.push_back(current_->linear);
+  schedule();
+}
+
+void Machine::wake(Thread& thread) {
+  thread.wait = Wait::nothing;
+  runnable_.push_back(thread.linear);
+}
+
+void join(Clock& into, const Clock& from) {
+  into.resize(from.size(), 0);
+  for (size_t i = 0; i < from.size(); ++i) {
+    into[i] = std::max(into[i], from[i]);
+  }
+}
+
+/// Everything that the chosen threads know, each of them knows from now on.
+template <class Chosen>
+static void meet(std::vector<Thread>& threads, Clock all, Chosen chosen) {
+  for (Thread& thread : threads) {
+    if (chosen(thread)) {
+      join(all, thread.clock);
+    }
+  }
+  for (Thread& thread : threads) {
+    if (chosen(thread)) {
+      thread.clock = all;
+      ++thread.clock[thread.linear];
+    }
+  }
+}
+
 void Machine::barrier() {
   if (++at_barrier_ < thread_count_) {
     block(Wait::barrier);
@@ -258,12 +337,42 @@ void Machine::barrier() {
   at_barrier_ = 0;
   ++epoch_;
   ++statistics.barriers;
+  meet(threads_, current_->clock, [](const Thread&) { return true; });
   for (Thread& thread : threads_) {
     if (thread.wait == Wait::barrier) {
-      thread.wait = Wait::nothing;
-      runnable_.push_back(thread.linear);
+      wake(thread);
     }
   }
+}
+
+void Machine::named_barrier(int id, int threads, const void* code) {
+  if (id < 1 || id > 15 || threads % 32 != 0 || threads < 32) {
+    fail("bar.sync: expected barrier 1 to 15 and whole warps", code);
+  }
+  NamedBarrier& entry = named_barriers_[id];
+  if (entry.arrived > 0 && entry.threads != threads) {
+    fail("bar.sync: threads name different numbers of threads at one barrier", code);
+  }
+  entry.threads = threads;
+  if (++entry.arrived < threads) {
+    current_->waits_for = id;
+    block(Wait::named_barrier);
+    return;
+  }
+  entry.arrived = 0;
+  const auto here = [&](const Thread& thread) {
+    return &thread == current_ || (thread.wait == Wait::named_barrier && thread.waits_for == id);
+  };
+  meet(threads_, current_->clock, here);
+  for (Thread& thread : threads_) {
+    if (thread.wait == Wait::named_barrier && thread.waits_for == id) {
+      wake(thread);
+    }
+  }
+}
+
+void Machine::join_warp(uint32_t warp) {
+  meet(threads_, threads_[warp * 32].clock, [&](const Thread& thread) { return thread.linear / 32u == warp; });
 }
 
 void Machine::warp_operation(const char* operation, void* arguments, void (*execute)(void* const* lanes)) {
@@ -282,8 +391,7 @@ void Machine::warp_operation(const char* operation, void* arguments, void (*exec
   const uint16_t first = current_->linear / 32 * 32;
   for (uint16_t lane = first; lane < first + 32; ++lane) {
     if (threads_[lane].wait == Wait::warp) {
-      threads_[lane].wait = Wait::nothing;
-      runnable_.push_back(lane);
+      wake(threads_[lane]);
     }
   }
 }
@@ -305,7 +413,7 @@ void Machine::check(uintptr_t address, size_t bytes, Access access, const void* 
   const char* wrong = nullptr;
   const char* memory = "shared";
   if (shared.contains(address)) {
-    wrong = shared.check(address, bytes, access, current_->linear, epoch_);
+    wrong = shared.check(address, bytes, access, actor());
   } else if (global.contains(address)) {
     memory = "global";
     wrong = global.check(address, bytes, access, thread_id());

@@ -124,60 +124,104 @@ size_t GlobalMemory::uninitialised_bytes(uintptr_t address, size_t bytes) const 
   return count;
 }
 
-SharedMemory::SharedMemory() : reserved_(reserve(kReserved)), base_(reserved_ + kOffset), state_(kCapacity) {}
+SharedMemory::SharedMemory()
+    : reserved_(reserve(kReserved)), base_(reserved_ + kOffset), state_(kCapacity), chunks_(kCapacity / kChunk + 1) {}
 
 SharedMemory::~SharedMemory() {
   munmap(reinterpret_cast<void*>(reserved_), kReserved);
 }
 
-void SharedMemory::begin_block(size_t bytes) {
+void SharedMemory::begin_block(size_t bytes, uint32_t threads) {
   bytes_ = bytes;
+  threads_ = threads;
   std::memset(base(), 0xff, bytes);
   std::fill_n(state_.begin(), bytes, Byte{0, 0, 0, 0, State::uninitialised});
+  if (chunks_used_) {
+    std::fill(chunks_.begin(), chunks_.end(), Chunk{Chunk::Last::ordinary, true, 0, 0, {}});
+    chunks_used_ = false;
+  }
 }
 
-const char* SharedMemory::check_byte(Byte& byte, Access access, uint16_t thread, uint32_t epoch) {
+bool SharedMemory::read_by_others(const Chunk& chunk, const Clock& clock) const {
+  for (uint32_t warp = 0; warp < threads_ / 32; ++warp) {
+    if (chunk.warp_reads[warp] > clock[threads_ + warp]) {
+      return true;
+    }
+  }
+  return false;
+}
+
+const char* SharedMemory::check_chunk(Chunk& chunk, Access access, const Actor& actor) const {
+  if (chunk.last == Chunk::Last::in_flight) {
+    return "in flight: the copy engine is writing it";
+  }
+  if (chunk.last == Chunk::Last::landed && chunk.time > actor.clock[chunk.agent]) {
+    return "in flight: the mbarrier of the bulk copy into it was not waited for";
+  }
+  if (access == Access::write) {
+    if (read_by_others(chunk, actor.clock)) {
+      return "race: asynchronous products read it since the last barrier";
+    }
+    chunk.last = Chunk::Last::ordinary;
+  }
+  chunk.ordinary_access = true;
+  return nullptr;
+}
+
+const char* SharedMemory::check_byte(Byte& byte, Access access, const Actor& actor) {
   if (byte.state == State::in_flight) {
     return "in flight: an asynchronous copy into it was not waited for";
   }
-  if (byte.write_epoch == epoch && byte.writer != thread) {
+  if (byte.state == State::barrier) {
+    return "an mbarrier: only its own instructions may touch it";
+  }
+  if (byte.writer != actor.thread && byte.write_time > actor.clock[byte.writer]) {
     return "race: another thread wrote it since the last barrier";
   }
+  const bool several = byte.read_time != 0 && byte.reader == kSeveral;
+  const bool concurrent_reads = several                       ? byte.read_time == actor.epoch
+                                : byte.reader == actor.thread ? false
+                                                              : byte.read_time > actor.clock[byte.reader];
   if (access == Access::read) {
     if (byte.state == State::uninitialised) {
       return "uninitialised";
     }
-    byte.reader = byte.read_epoch == epoch && byte.reader != thread ? kSeveral : thread;
-    byte.read_epoch = epoch;
+    byte.reader = concurrent_reads ? kSeveral : actor.thread;
+    byte.read_time = concurrent_reads ? actor.epoch : actor.clock[actor.thread];
     return nullptr;
   }
-  if (byte.read_epoch == epoch && byte.reader != thread) {
+  if (concurrent_reads) {
     return "race: another thread reads it since the last barrier";
   }
   byte.state = State::written;
-  byte.writer = thread;
-  byte.write_epoch = epoch;
+  byte.writer = actor.thread;
+  byte.write_time = actor.clock[actor.thread];
   return nullptr;
 }
 
-const char* SharedMemory::check(uintptr_t address, size_t bytes, Access access, uint16_t thread, uint32_t epoch) {
-  if (address < base_ || address + bytes > base_ + bytes_) {
+const char* SharedMemory::check(uintptr_t address, size_t bytes, Access access, const Actor& actor) {
+  if (!inside(address, bytes)) {
     return "out of bounds";
   }
   if (misaligned(address, bytes)) {
     return "misaligned";
   }
-  Byte* state = state_.data() + (address - base_);
-  for (size_t i = 0; i < bytes; ++i) {
-    if (const char* wrong = check_byte(state[i], access, thread, epoch)) {
+  const size_t first = address - base_;
+  for (size_t at = first; at < first + bytes; ++at) {
+    if (chunks_used_ && (at == first || at % kChunk == 0)) {
+      if (const char* wrong = check_chunk(chunks_[at / kChunk], access, actor)) {
+        return wrong;
+      }
+    }
+    if (const char* wrong = check_byte(state_[at], access, actor)) {
       return wrong;
     }
   }
   return nullptr;
 }
 
-const char* SharedMemory::begin_copy(uintptr_t address, size_t bytes, uint16_t thread, uint32_t epoch) {
-  if (const char* wrong = check(address, bytes, Access::write, thread, epoch)) {
+const char* SharedMemory::begin_copy(uintptr_t address, size_t bytes, const Actor& actor) {
+  if (const char* wrong = check(address, bytes, Access::write, actor)) {
     return wrong;
   }
   std::memset(reinterpret_cast<void*>(address), 0xff, bytes);
@@ -187,13 +231,85 @@ const char* SharedMemory::begin_copy(uintptr_t address, size_t bytes, uint16_t t
   return nullptr;
 }
 
-void SharedMemory::land_copy(uintptr_t address, size_t bytes, uint16_t thread, uint32_t epoch) {
+void SharedMemory::land_copy(uintptr_t address, size_t bytes, const Actor& actor) {
   for (size_t i = 0; i < bytes; ++i) {
     Byte& byte = state_[address - base_ + i];
     byte.state = State::written;
-    byte.writer = thread;
-    byte.write_epoch = epoch;
+    byte.writer = actor.thread;
+    byte.write_time = actor.clock[actor.thread];
   }
+}
+
+const char* SharedMemory::claim_barrier(uintptr_t address, const Actor& actor) {
+  if (const char* wrong = check(address, 8, Access::write, actor)) {
+    return wrong;
+  }
+  for (size_t i = 0; i < 8; ++i) {
+    state_[address - base_ + i].state = State::barrier;
+  }
+  return nullptr;
+}
+
+const char* SharedMemory::begin_bulk_write(uintptr_t address, const Actor& actor) {
+  chunks_used_ = true;
+  Chunk& chunk = chunks_[(address - base_) / kChunk];
+  if (chunk.last == Chunk::Last::in_flight) {
+    return "in flight: another bulk copy is writing it";
+  }
+  if (read_by_others(chunk, actor.clock)) {
+    return "race: asynchronous products read it since the last barrier";
+  }
+  if (chunk.last == Chunk::Last::landed && chunk.time > actor.clock[chunk.agent]) {
+    return "race: nobody who released it has waited for the bulk copy before";
+  }
+  if (chunk.ordinary_access) {
+    for (size_t i = 0; i < kChunk; ++i) {
+      Byte& byte = state_[address - base_ + i];
+      if (const char* wrong = check_byte(byte, Access::write, actor)) {
+        return wrong;
+      }
+      byte = {0, 0, 0, 0, State::written};
+    }
+    chunk.ordinary_access = false;
+  }
+  chunk.last = Chunk::Last::in_flight;
+  std::memset(reinterpret_cast<void*>(address), 0xff, kChunk);
+  return nullptr;
+}
+
+void SharedMemory::land_bulk_write(uintptr_t address, uint16_t agent, uint32_t time) {
+  Chunk& chunk = chunks_[(address - base_) / kChunk];
+  chunk.last = Chunk::Last::landed;
+  chunk.agent = agent;
+  chunk.time = time;
+}
+
+const char* SharedMemory::async_read(uintptr_t address, uint32_t warp, uint32_t time, const Clock& clock,
+                                     const std::vector<Clock>& fences) {
+  chunks_used_ = true;
+  Chunk& chunk = chunks_[(address - base_) / kChunk];
+  if (chunk.last == Chunk::Last::in_flight) {
+    return "in flight: the copy engine is writing it";
+  }
+  if (chunk.last == Chunk::Last::landed && chunk.time > clock[chunk.agent]) {
+    return "in flight: its mbarrier was not waited for before the product, or it was filled again too early";
+  }
+  for (size_t i = 0; chunk.last == Chunk::Last::ordinary && i < kChunk; ++i) {
+    const Byte& byte = state_[address - base_ + i];
+    if (byte.state != State::written) {
+      return byte.state == State::uninitialised ? "uninitialised" : "in flight, or an mbarrier";
+    }
+    if (byte.write_time > clock[byte.writer]) {
+      return "race: another thread wrote it since the last barrier";
+    }
+    const Clock& own = fences[byte.writer];
+    const auto fence = std::lower_bound(own.begin(), own.end(), byte.write_time);
+    if (fence == own.end() || *fence >= clock[byte.writer]) {
+      return "dirty: written by ordinary stores that no fence.proxy.async and barrier made visible";
+    }
+  }
+  chunk.warp_reads[warp] = time;
+  return nullptr;
 }
 
 } // namespace emulator

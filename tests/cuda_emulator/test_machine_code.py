@@ -67,8 +67,8 @@ REPORT = re.compile(
 
 def compile_kernels(nvcc: str, architecture: str, folder: pathlib.Path) -> list[Kernel]:
     def compile_source(source: str) -> list[Kernel]:
-        cubin = folder / f"{source}_{architecture}.cubin"
-        path = CSRC / "cuda" / "sm80" / f"{source}.cu"
+        cubin = folder / f"{source.replace('/', '_')}_{architecture}.cubin"
+        path = CSRC / "cuda" / f"{source}.cu"
         command = [nvcc, *FLAGS, f"-arch={architecture}", f"-I{CSRC}", "-cubin", str(path), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"

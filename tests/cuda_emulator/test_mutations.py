@@ -278,7 +278,7 @@ def build_one_tile(csrc: pathlib.Path, folder: pathlib.Path, kernel: str, runtim
     source = folder / f"{kernel}.cpp"
     source.write_text(one_tile_source(kernel))
     compile_object(source, folder / f"{kernel}.o", csrc, KERNEL_FLAGS)
-    return link([folder / f"{kernel}.o", *runtime], folder / f"{kernel}.so", only_some_kernels=True)
+    return link([*runtime, folder / f"{kernel}.o"], folder / f"{kernel}.so", only_some_kernels=True)
 
 
 @pytest.fixture(scope="module")

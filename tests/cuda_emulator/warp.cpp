@@ -117,7 +117,7 @@ void land(const std::vector<Copy>& group) {
     auto* to = reinterpret_cast<unsigned char*>(copy.shared);
     std::memset(to, 0, static_cast<size_t>(copy.bytes));
     std::memcpy(to, reinterpret_cast<const void*>(copy.global), static_cast<size_t>(copy.source_bytes));
-    machine.shared.land_copy(copy.shared, static_cast<size_t>(copy.bytes), machine.current()->linear, machine.epoch());
+    machine.shared.land_copy(copy.shared, static_cast<size_t>(copy.bytes), machine.actor());
   }
 }
 
@@ -160,6 +160,21 @@ void block_barrier() {
 }
 Statistics statistics() {
   return Machine::get().statistics;
+}
+
+void named_barrier(int id, int threads) {
+  Machine::get().named_barrier(id, threads, __builtin_return_address(0));
+}
+
+void warp_barrier(unsigned mask) {
+  Machine& machine = Machine::get();
+  if (mask != 0xffffffffu) {
+    machine.fail("__syncwarp: only whole warps are emulated", __builtin_return_address(0));
+  }
+  machine.warp_operation("__syncwarp", nullptr, [](void* const*) {
+    Machine& running = Machine::get();
+    running.join_warp(running.current()->linear / 32u);
+  });
 }
 
 uint32_t shuffle_xor(unsigned mask, uint32_t value, int lane_mask) {
@@ -205,7 +220,7 @@ void cp_async(void* shared, const void* global, int bytes, int source_bytes) {
   }
   ++machine.statistics.cp_async;
   const auto size = static_cast<size_t>(bytes);
-  if (const char* wrong = machine.shared.begin_copy(to, size, machine.current()->linear, machine.epoch())) {
+  if (const char* wrong = machine.shared.begin_copy(to, size, machine.actor())) {
     machine.fail(std::string("cp.async into shared memory: ") + wrong, code);
   }
   machine.current()->open_group.push_back({to, from, bytes, source_bytes});

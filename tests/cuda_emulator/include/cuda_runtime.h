@@ -57,6 +57,9 @@ inline constexpr BuiltinIndex<emulator::grid_dim> gridDim{};
 inline void __syncthreads() {
   emulator::block_barrier();
 }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  emulator::warp_barrier(mask);
+}
 inline float __shfl_xor_sync(unsigned mask, float value, int lane_mask) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -117,6 +120,12 @@ inline cudaError_t cudaGetLastError() {
 inline const char* cudaGetErrorString(cudaError_t) {
   return emulator::failure();
 }
+
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
+enum { cudaEnableDefault = 0 };
+/// Knows what <cuda.h> declares here.
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version, unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* result);
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {

@@ -34,6 +34,8 @@ dim3 block_index();
 dim3 block_dim();
 dim3 grid_dim();
 void block_barrier();
+void named_barrier(int id, int threads);
+void warp_barrier(unsigned mask);
 uint32_t shuffle_xor(unsigned mask, uint32_t value, int lane_mask);
 void* dynamic_shared();
 
@@ -46,10 +48,39 @@ void ldmatrix_x4(uint32_t* matrices, const void* row, bool transposed);
 enum class MmaType { bf16, f16, tf32 };
 void mma(MmaType type, float* d, const uint32_t* a, uint32_t b0, uint32_t b1);
 
+// ---- For the twins of sm_90's.
+
+/// What cuTensorMapEncodeTiled writes. Innermost dimension first; strides in bytes.
+struct TensorMap {
+  static constexpr uint32_t kMagic = 0x74656e73;
+  const unsigned char* base;
+  uint64_t extents[5], strides[5];
+  uint16_t box[5];
+  uint8_t rank, element_bytes, swizzle_bytes; // 16: no swizzle
+  uint32_t magic;
+};
+static_assert(sizeof(TensorMap) <= 128);
+
+/// Offset in the block's shared memory as the shared window has it.
+uint32_t shared_address(const void* pointer);
+void mbarrier_init(void* barrier, int arrivals);
+void mbarrier_arrive(void* barrier, int expected_bytes);
+bool mbarrier_try_wait_parity(void* barrier, uint32_t parity);
+void fence_barrier_init();
+void fence_proxy_async();
+void tma_load(void* shared, const void* map, void* barrier, const int* coordinates, int rank);
+void prefetch_tensormap(const void* map);
+void set_max_registers(int registers, bool increase);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int pending);
+/// d += a b on a warpgroup: a 64x16, b 16xcolumns, through descriptors.
+void wgmma(MmaType type, int columns, bool transposed_a, bool transposed_b, float* d, uint64_t a, uint64_t b, bool accumulate);
+
 // ---- For the tests.
 
 struct Statistics {
-  uint64_t mma, ldmatrix, ldmatrix_conflicts, cp_async, barriers, accesses;
+  uint64_t mma, ldmatrix, ldmatrix_conflicts, cp_async, barriers, accesses, wgmma, tma_boxes, registers_moved;
 };
 Statistics statistics();
 
