@@ -224,6 +224,7 @@ void Machine::land_bulk_copy(size_t which) {
     shared.land_bulk_write(to, mbarrier_agent(copy.barrier), barrier.phase + 1);
   });
   barrier.bytes -= box_bytes(copy.map);
+  barrier.last_copy = barrier.phase + 1;
   complete_if_done(barrier, nullptr);
 }
 

@@ -254,6 +254,12 @@ void Machine::check_end_of_block() {
   if (!bulk_copies.empty()) {
     fail("the block ends with bulk copies in flight", nullptr);
   }
+  for (size_t i = 0; i < mbarriers.size(); ++i) {
+    const auto knows = [&](const Thread& thread) { return thread.clock[mbarrier_agent(i)] >= mbarriers[i].last_copy; };
+    if (std::none_of(threads_.begin(), threads_.end(), knows)) {
+      fail("the block ends with bulk copies that nobody waited for", nullptr);
+    }
+  }
   for (uint32_t warp = 0; warp < warps_.size(); ++warp) {
     if (warps_[warp].products != products_of[warp / 4].size()) {
       fail("wgmma: a warp of the warpgroup did not take part in all products", nullptr);

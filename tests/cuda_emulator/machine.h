@@ -71,7 +71,7 @@ struct Mbarrier {
   uintptr_t address;
   int arrivals, pending;
   int64_t bytes = 0;
-  uint32_t phase = 0;
+  uint32_t phase = 0, last_copy = 0; // the phase that tells of the last bulk copy, counted from 1
   uint16_t init_thread;
   uint32_t init_time, fence_time = 0; // of that thread: the initialisation, and its fence for the asynchronous proxy
   Clock arriving, completed;
