@@ -147,7 +147,8 @@ Tensor conv3x3_grad_input(const Tensor& grad_any, const Tensor& weight_any, cons
   const Plan plan = plan_or_throw(Pass::grad_input, problem, on);
   const Tensor grad = dense_nhwc(grad_any), weight = dense_nhwc(weight_any);
   const MaybeTensor y = dense_nhwc(y_any), argmax = aligned_argmax(argmax_any);
-  sm80::grad_input(problem, plan, {grad_output(grad, y, argmax), weight.const_data_ptr(), gx.mutable_data_ptr()}, on.stream());
+  sm80::grad_input(problem, plan, {grad_output(grad, y, argmax), weight.const_data_ptr(), gx.mutable_data_ptr(), nullptr},
+                   on.stream());
   return gx;
 }
 

@@ -50,6 +50,7 @@ struct GradInputPointers {
   GradOutput output;
   const void* weight;
   void* grad_input;
+  void* workspace; // Plan::workspace_bytes, 16-byte aligned; null where that is 0
 };
 
 struct GradWeightPointers {

@@ -21,7 +21,7 @@ RUNTIME_SOURCES = (
     CSRC / "cuda" / "launch.cpp",
 )
 KERNEL_SOURCES = tuple(f"sm80/{name}" for name in ("forward", "first_layer", "grad_input", "grad_weight", "pointwise"))
-WIDE_SOURCES = ("sm90/forward",)
+WIDE_SOURCES = ("sm90/forward", "sm90/grad_input")
 RUNTIME_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
 # The sanitizers only for their calls around every access: the emulator defines them (hooks.cpp) and links no runtime.
 KERNEL_FLAGS = (
@@ -81,7 +81,7 @@ def pointers(*names: str, integers: tuple[str, ...] = ()) -> type[ctypes.Structu
 
 STRIDES = ("stride_n", "stride_h", "stride_w", "stride_c")
 ForwardPointers = pointers("x", "weight", "bias", "y", "argmax", integers=STRIDES)
-GradInputPointers = pointers("grad", "y", "argmax", "weight", "grad_input")
+GradInputPointers = pointers("grad", "y", "argmax", "weight", "grad_input", "workspace")
 GradWeightPointers = pointers("grad", "y", "argmax", "x", "workspace", "grad_weight", "grad_bias")
 PoolPointers = pointers("x", "y", "argmax")
 GradPreactPointers = pointers("grad", "y", "argmax", "grad_preact")
@@ -286,16 +286,24 @@ class Emulator:
         return result, None if codes is None else self.download(codes, case.argmax_shape, torch.uint8)
 
     def grad_input(
-        self, case: Case, saved: Saved, weight: torch.Tensor, *, tile: str | None = None, seed: int = 1
+        self,
+        case: Case,
+        saved: Saved,
+        weight: torch.Tensor,
+        *,
+        tile: str | None = None,
+        plan: Plan | None = None,
+        seed: int = 1,
     ) -> torch.Tensor:
         """``[N, H, W, C]``."""
         self.reset(seed)
-        plan = self.plan("grad_input", case.problem)
+        plan = plan or self.plan("grad_input", case.problem)
         if tile is not None:
             self.retile(plan, tile, self.pixel_rows(case, False), case.c)
         shape = (case.n, case.h, case.w, case.c)
         out = self.allocate(torch.Size(shape).numel(), case.dtype)
-        arguments = GradInputPointers(*self.saved(saved), self.upload(weight), out)
+        workspace = self.allocate(plan.workspace_bytes, torch.uint8) if plan.workspace_bytes else None
+        arguments = GradInputPointers(*self.saved(saved), self.upload(weight), out, workspace)
         self.call("emu_grad_input", case.problem, plan, arguments)
         return self.download(out, shape, case.dtype)
 

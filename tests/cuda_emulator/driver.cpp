@@ -49,7 +49,10 @@ const char* emu_forward(const Problem* problem, const Plan* plan, const ForwardP
   });
 }
 const char* emu_grad_input(const Problem* problem, const Plan* plan, const GradInputPointers* pointers) {
-  return guarded([&] { sm80::grad_input(*problem, *plan, *pointers, nullptr); });
+  return guarded([&] {
+    if (plan->kernel == Kernel::wgmma) return sm90::grad_input(*problem, *plan, *pointers, nullptr);
+    sm80::grad_input(*problem, *plan, *pointers, nullptr);
+  });
 }
 const char* emu_grad_weight(const Problem* problem, const Plan* plan, const GradWeightPointers* pointers) {
   return guarded([&] { sm80::grad_weight(*problem, *plan, *pointers, nullptr); });

@@ -11,4 +11,7 @@ namespace vggfast::cuda::sm90 {
 /// Pass::forward. x is dense NHWC: its strides are not read.
 void forward(const Problem& problem, const Plan& plan, const ForwardPointers& pointers, cudaStream_t stream);
 
+/// Pass::grad_input. With ReLU or pool it first writes the gradient before them to the workspace.
+void grad_input(const Problem& problem, const Plan& plan, const GradInputPointers& pointers, cudaStream_t stream);
+
 } // namespace vggfast::cuda::sm90

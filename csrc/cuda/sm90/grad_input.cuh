@@ -1,0 +1,38 @@
+// grad_input = transposed convolution of the gradient, with TMA and wgmma: forward's product over the gradient of the
+// convolution's own output, on mirrored taps. The filters are read as they lie, output channels along the reduction.
+#pragma once
+
+#include "cuda/sm80/launch.h"
+#include "cuda/sm90/implicit_gemm.cuh"
+
+namespace vggfast::cuda::sm90 {
+
+template <class Element, WideTile kTile>
+__global__ void __launch_bounds__(kThreads, 1) grad_input_kernel(const __grid_constant__ GemmParams params) {
+  run_implicit_gemm<WideGemm<Element, kTile, Filters::columns>>(params);
+}
+
+/// The gradient before ReLU and pool as a tensor [N, H, W, K], which is what the copy engine can read: in `workspace`, or
+/// what arrives where there is neither.
+inline const void* materialise_grad_preact(const Problem& p, const GradOutput& output, void* workspace, cudaStream_t stream) {
+  if (!p.relu && !p.pool) {
+    return output.grad;
+  }
+  sm80::grad_preact(p, {output, workspace}, stream);
+  return workspace;
+}
+
+template <class Element, WideTile kTile>
+void launch_grad_input(const Problem& p, const Plan& plan, const GradInputPointers& pointers, cudaStream_t stream) {
+  using Gemm = WideGemm<Element, kTile, Filters::columns>;
+  const void* grad = materialise_grad_preact(p, pointers.output, pointers.workspace, stream);
+  const GemmParams params{make_image_map("the gradient", p.dtype, grad, p.n, p.h, p.w, p.k, plan.box),
+                          make_filter_map(p.dtype, pointers.weight, p.k, p.c, kSwizzleRow),
+                          {nullptr, pointers.grad_input, nullptr, static_cast<int>(p.c), false, false},
+                          make_tile_grid(plan, p.n, p.h, p.w),
+                          static_cast<int>((p.k + kSwizzleRow - 1) / kSwizzleRow)};
+  const LaunchShape shape{plan.blocks, kThreads, int{sizeof(typename Gemm::Shared)}};
+  launch_kernel("sm90 grad_input", grad_input_kernel<Element, kTile>, shape, stream, params);
+}
+
+} // namespace vggfast::cuda::sm90
