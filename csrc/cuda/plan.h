@@ -22,11 +22,11 @@ inline constexpr int kStageRowBytes = 64;
 /// Bytes of a tile's table of pixels per row (TileRow).
 inline constexpr int kTileRowBytes = 12;
 
-/// Tiles of the sm_90 kernels, rows x columns of the product; each is instantiated by hand in sm90/*.cu.
-enum class WideTile : int { m256n64, m256n128, m128n256, m128n128 };
-inline constexpr int kWideTiles = 4;
+/// Tiles of the sm_90 kernels, rows x columns of the product; each is instantiated by hand in sm90/*.cu. The first four are
+/// those of forward and grad_input, the last three of grad_weight.
+enum class WideTile : int { m256n64, m256n128, m128n256, m128n128, m128n64, m64n64 };
 
-/// The pixels that are rows of one tile: columns (the fastest), rows, images.
+/// Pixels that the copy engine brings at once: columns (the fastest), rows, images, each a power of two.
 struct PixelBox {
   int w, h, n;
 };
@@ -97,11 +97,11 @@ struct Plan {
 inline std::ostream& operator<<(std::ostream& out, const Plan& plan) {
   constexpr const char* kernels[] = {"aten", "implicit_gemm", "first_layer", "pointwise", "wgmma"};
   constexpr const char* tiles[] = {"m128n128", "m256n64", "m64n64"};
-  constexpr const char* wide_tiles[] = {"m256n64", "m256n128", "m128n256", "m128n128"};
+  constexpr const char* wide_tiles[] = {"m256n64", "m256n128", "m128n256", "m128n128", "m128n64", "m64n64"};
   out << kernels[static_cast<int>(plan.kernel)];
   if (plan.kernel == Kernel::wgmma) {
     out << " tile=" << wide_tiles[static_cast<int>(plan.wide_tile)] << " box=" << plan.box.w << "x" << plan.box.h << "x"
-        << plan.box.n << " tiles=" << plan.tiles_m << "x" << plan.tiles_n << " blocks=" << plan.blocks
+        << plan.box.n << " tiles=" << plan.tiles_m << "x" << plan.tiles_n << " splits=" << plan.splits << " blocks=" << plan.blocks
         << " workspace=" << plan.workspace_bytes;
   } else if (plan.kernel == Kernel::implicit_gemm || plan.kernel == Kernel::first_layer) {
     out << " tile=" << tiles[static_cast<int>(plan.tile)] << " grid=" << plan.tiles_m << "x" << plan.tiles_n << "x" << plan.splits

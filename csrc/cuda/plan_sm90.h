@@ -1,4 +1,4 @@
-// Plans of the sm_90 kernels (TMA and wgmma): which tile, which box of pixels, how many persistent blocks. Plain host C++.
+// Plans of the sm_90 kernels (TMA and wgmma): which tile, which box of pixels, how many blocks. Plain host C++.
 //
 // All numbers here are computed from published limits of the H100 and H200; none was measured.
 #pragma once
@@ -7,18 +7,21 @@
 
 namespace vggfast::cuda {
 
-/// A block's tile of the product on two warpgroups, each with half of the rows, and the stages that its shared memory
-/// holds beside 16 KiB of staging: 227 KiB a block.
+/// A block's tile of the product and the stages that its shared memory holds: 227 KiB a block, with 16 KiB of staging.
 struct WideTileShape {
   int block_m, block_n;
   int stages;
 
+  /// Rows of one of the two warpgroups in forward and grad_input.
   constexpr int group_m() const { return block_m / 2; }
-  /// One step of the reduction: 64 16-bit elements, 128 bytes, a row of the 128-byte swizzle.
-  constexpr int stage_bytes() const { return (block_m + block_n) * 128; }
 };
 
-constexpr WideTileShape wide_tile_shape(WideTile tile) {
+/// Elements of the reduction in one stage: 64 of 16 bits are a row of the 128-byte swizzle (forward and grad_input), 64
+/// pixels four steps of wgmma (grad_weight).
+inline constexpr int kStageDepth = 64;
+
+/// Of forward and grad_input: pixels x channels.
+constexpr WideTileShape pixel_tile_shape(WideTile tile) {
   switch (tile) {
   // 64 columns are all there are in VGG's first block; 256 rows halve the traffic of the filters.
   case WideTile::m256n64:
@@ -32,15 +35,41 @@ constexpr WideTileShape wide_tile_shape(WideTile tile) {
   // Half the rows, so twice the blocks, where 256 rows leave SMs idle: 64 bytes a clock from L2.
   case WideTile::m128n128:
     return {128, 128, 6};
+  default:
+    return {};
   }
-  return {};
+}
+
+/// Taps of one filter row, which share the gradient's side of a stage.
+inline constexpr int kRowTaps = 3;
+
+/// Of grad_weight: output channels x input channels, for each of three taps.
+constexpr WideTileShape weight_tile_shape(WideTile tile) {
+  switch (tile) {
+  // Three taps of 64x128 a warpgroup: 192 accumulators a thread, 43 bytes a clock from L2.
+  case WideTile::m128n128:
+    return {128, 128, 3};
+  // 64 input channels.
+  case WideTile::m128n64:
+    return {128, 64, 5};
+  // 64 output channels: the warpgroups share the pixels of a stage, and each has its own partial result.
+  case WideTile::m64n64:
+    return {64, 64, 6};
+  default:
+    return {};
+  }
+}
+
+/// Partial results of one block of grad_weight: the warpgroups without rows of their own.
+constexpr int weight_tile_parts(WideTile tile) {
+  return tile == WideTile::m64n64 ? 2 : 1;
 }
 
 namespace plan_detail {
 
 /// Why TMA and wgmma cannot take what the sm_80 kernels can, or null.
 inline const char* unsupported_sm90(Pass pass, const Problem& p, const Device& device) {
-  constexpr int64_t coordinate_limit = int64_t{1} << 31;
+  constexpr int64_t coordinate_limit = int64_t{1} << 30;
   if (device.compute_capability != 90) {
     return "wgmma exists only on compute capability 9.0";
   }
@@ -50,36 +79,40 @@ inline const char* unsupported_sm90(Pass pass, const Problem& p, const Device& d
   if (p.c % 8 != 0) {
     return "input channels are not a multiple of 16 bytes, as TMA's strides must be";
   }
-  if (pass == Pass::grad_weight) {
-    return "grad_weight has no wgmma kernel";
-  }
-  if (std::max({p.n, p.h, p.w}) * 2 >= coordinate_limit) {
+  if (std::max({p.n, p.h, p.w}) >= coordinate_limit) {
     return "a dimension passes TMA's 32-bit coordinates";
   }
-  return nullptr;
-}
-
-/// The box of `pixels` pixels, 8 columns wide so that a thread holds a pool's rows, that covers the image plane with the
-/// fewest boxes; the tallest on equal numbers. `h`, `w`: pixels that are written.
-inline PixelBox best_box(int pixels, int64_t n, int64_t h, int64_t w) {
-  PixelBox best{8, 2, pixels / 16};
-  int64_t fewest = std::numeric_limits<int64_t>::max();
-  for (int box_h = 2; box_h <= pixels / 8; box_h *= 2) {
-    const PixelBox box{8, box_h, pixels / 8 / box_h};
-    const int64_t boxes = ceil_div(w, box.w) * ceil_div(h, box.h) * ceil_div(n, box.n);
-    if (boxes <= fewest) {
-      fewest = boxes;
-      best = box;
-    }
+  if (pass == Pass::grad_weight && std::min(p.h, p.w) < 2) {
+    return "images of one row or column leave nothing of the shifted tensors that grad_weight reads";
   }
-  return best;
+  return nullptr;
 }
 
 inline int64_t box_count(const PixelBox& box, int64_t n, int64_t h, int64_t w) {
   return ceil_div(w, box.w) * ceil_div(h, box.h) * ceil_div(n, box.n);
 }
 
-inline const char* wide_tile_reason(WideTile tile) {
+/// The box of `pixels` pixels that covers [n, h, w] with the fewest boxes; on equal numbers the widest up to 8, then the
+/// tallest. `pools`: 8 columns and whole pools, because there a thread holds both rows of a pool.
+inline PixelBox best_box(int pixels, int64_t n, int64_t h, int64_t w, bool pools) {
+  PixelBox best{};
+  int64_t fewest = std::numeric_limits<int64_t>::max();
+  for (const int box_w : {8, 16, 4, 2, 1}) {
+    for (int box_h = pixels / box_w; box_h >= (pools ? 2 : 1); box_h /= 2) {
+      const PixelBox box{box_w, box_h, pixels / box_w / box_h};
+      if (std::max(box.h, box.n) <= 256 && box_count(box, n, h, w) < fewest) {
+        fewest = box_count(box, n, h, w);
+        best = box;
+      }
+    }
+    if (pools) {
+      break;
+    }
+  }
+  return best;
+}
+
+inline const char* pixel_tile_reason(WideTile tile) {
   switch (tile) {
   case WideTile::m256n64:
     return "64 columns: 256 rows halve the traffic of the filters";
@@ -87,10 +120,77 @@ inline const char* wide_tile_reason(WideTile tile) {
     return "256x128: least traffic from L2, and fewest idle SMs or columns";
   case WideTile::m128n256:
     return "128x256: least traffic from L2 and to the tensor cores";
-  case WideTile::m128n128:
+  default:
     return "few tiles: 128x128 spreads them over more SMs";
   }
-  return "";
+}
+
+/// Bytes of the gradient before ReLU and pool, which the copy engine needs as a tensor.
+inline int64_t grad_preact_bytes(const Problem& p) {
+  return p.relu || p.pool ? p.n * p.h * p.w * p.k * element_bytes(p.dtype) : 0;
+}
+
+/// Forward and grad_input.
+inline Plan plan_pixels_sm90(Pass pass, const Problem& p, const Device& device) {
+  const bool pools = pass == Pass::forward && p.pool;
+  const int64_t h = pools ? p.h / 2 * 2 : p.h, w = pools ? p.w / 2 * 2 : p.w;
+  const int64_t columns = pass == Pass::forward ? p.k : p.c;
+  Plan plan;
+  double least = std::numeric_limits<double>::infinity();
+  for (const auto tile : {WideTile::m256n64, WideTile::m128n256, WideTile::m256n128, WideTile::m128n128}) {
+    const WideTileShape shape = pixel_tile_shape(tile);
+    if ((shape.block_n == 64) != (columns <= 64)) {
+      continue;
+    }
+    const PixelBox box = best_box(shape.block_m, p.n, h, w, pools);
+    const int64_t boxes = box_count(box, p.n, h, w), tiles_n = ceil_div(columns, shape.block_n);
+    // What comes from L2 bounds the rate of every tile here, so a tile's time is its traffic.
+    const double time = double(ceil_div(boxes * tiles_n, device.sm_count)) * (shape.block_m + shape.block_n);
+    if (time < least) {
+      least = time;
+      plan = {Kernel::wgmma, TileId{}, boxes, tiles_n, 1, 0, pixel_tile_reason(tile), tile, box};
+    }
+  }
+  plan.blocks = std::min<int64_t>(plan.tiles_m * plan.tiles_n, device.sm_count);
+  plan.workspace_bytes = pass == Pass::grad_input ? grad_preact_bytes(p) : 0;
+  return plan;
+}
+
+inline Plan plan_grad_weight_sm90(const Problem& p, const Device& device) {
+  constexpr int64_t partials_limit = int64_t{64} << 20;
+  // Clocks: of a stage at 32 bytes a clock and SM from L2; of a byte of partial results, written and read at 4 TB/s.
+  constexpr double l2_bytes_per_clock = 32, partial_clocks_per_byte = 2.0 / 2300;
+  const WideTile tile = p.k <= 64 ? WideTile::m64n64 : p.c <= 64 ? WideTile::m128n64 : WideTile::m128n128;
+  const WideTileShape shape = weight_tile_shape(tile);
+  Plan plan;
+  plan.kernel = Kernel::wgmma;
+  plan.wide_tile = tile;
+  plan.box = best_box(kStageDepth, p.n, p.h, p.w, false);
+  plan.tiles_m = ceil_div(p.k, shape.block_m);
+  plan.tiles_n = kRowTaps * ceil_div(p.c, shape.block_n); // filter rows x tiles of input channels
+  const int64_t stages = box_count(plan.box, p.n, p.h, p.w);
+  const int64_t bytes_per_part = (9 * p.c * p.k + p.k) * int64_t{sizeof(float)};
+  const double stage_clocks = 128.0 * (shape.block_m + kRowTaps * shape.block_n) / l2_bytes_per_clock;
+  double least = std::numeric_limits<double>::infinity();
+  for (int64_t wanted = 1; wanted <= std::min<int64_t>(stages, device.sm_count); ++wanted) {
+    const int64_t per_split = ceil_div(stages, wanted), splits = ceil_div(stages, per_split);
+    const int64_t parts = splits * weight_tile_parts(tile), items = plan.tiles_m * plan.tiles_n * splits;
+    if (wanted > 1 && parts * bytes_per_part > partials_limit) {
+      break;
+    }
+    const double time = double(ceil_div(items, device.sm_count) * per_split) * stage_clocks +
+                        double(parts * bytes_per_part) * partial_clocks_per_byte;
+    if (time < least) {
+      least = time;
+      plan.splits = static_cast<int>(parts);
+      plan.blocks = items;
+    }
+  }
+  plan.workspace_bytes = plan.splits * bytes_per_part + grad_preact_bytes(p);
+  plan.reason = tile == WideTile::m64n64    ? "64 output channels: the warpgroups share the pixels"
+                : tile == WideTile::m128n64 ? "64 input channels, a filter row a block, split over pixels"
+                                            : "128x128 for a filter row a block, split over pixels";
+  return plan;
 }
 
 } // namespace plan_detail
@@ -98,38 +198,14 @@ inline const char* wide_tile_reason(WideTile tile) {
 /// The sm_90 plan of one pass, or Kernel::aten and why not. Pure, as choose_plan.
 inline Plan choose_plan_sm90(Pass pass, const Problem& p, const Device& device) {
   using namespace plan_detail;
-  Plan plan;
   const char* reason = unsupported(pass, p, device);
   reason = reason != nullptr ? reason : unsupported_sm90(pass, p, device);
   if (reason != nullptr) {
+    Plan plan;
     plan.reason = reason;
     return plan;
   }
-  const bool pooled_only = pass == Pass::forward && p.pool;
-  const int64_t h = pooled_only ? p.h / 2 * 2 : p.h, w = pooled_only ? p.w / 2 * 2 : p.w;
-  const int64_t columns = pass == Pass::forward ? p.k : p.c;
-  double least = std::numeric_limits<double>::infinity();
-  for (int i = 0; i < kWideTiles; ++i) {
-    const auto tile = static_cast<WideTile>(i);
-    const WideTileShape shape = wide_tile_shape(tile);
-    if ((shape.block_n == 64) != (columns <= 64)) {
-      continue;
-    }
-    const PixelBox box = best_box(shape.block_m, p.n, h, w);
-    const int64_t boxes = box_count(box, p.n, h, w), tiles_n = ceil_div(columns, shape.block_n);
-    // Bytes from L2 bound every tile's rate, so a tile's time is its traffic.
-    const double time = double(ceil_div(boxes * tiles_n, device.sm_count)) * shape.stage_bytes();
-    // Of equal times the later, which has fewer bytes to the tensor cores, except for the small tile.
-    if (time < least || (time == least && tile != WideTile::m128n128)) {
-      least = time;
-      plan = {Kernel::wgmma, TileId{}, boxes, tiles_n, 1, 0, wide_tile_reason(tile), tile, box};
-    }
-  }
-  plan.blocks = std::min<int64_t>(plan.tiles_m * plan.tiles_n, device.sm_count);
-  if (pass == Pass::grad_input && (p.relu || p.pool)) {
-    plan.workspace_bytes = p.n * p.h * p.w * p.k * element_bytes(p.dtype); // the gradient before ReLU and pool
-  }
-  return plan;
+  return pass == Pass::grad_weight ? plan_grad_weight_sm90(p, device) : plan_pixels_sm90(pass, p, device);
 }
 
 } // namespace vggfast::cuda

@@ -21,7 +21,7 @@ RUNTIME_SOURCES = (
     CSRC / "cuda" / "launch.cpp",
 )
 KERNEL_SOURCES = tuple(f"sm80/{name}" for name in ("forward", "first_layer", "grad_input", "grad_weight", "pointwise"))
-WIDE_SOURCES = ("sm90/forward", "sm90/grad_input")
+WIDE_SOURCES = ("sm90/forward", "sm90/grad_input", "sm90/grad_weight")
 RUNTIME_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
 # The sanitizers only for their calls around every access: the emulator defines them (hooks.cpp) and links no runtime.
 KERNEL_FLAGS = (
@@ -34,7 +34,7 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 TILES = {"m128n128": 0, "m256n64": 1, "m64n64": 2}
 PASSES = {"forward": 0, "grad_input": 1, "grad_weight": 2, "max_pool": 3}
 KERNELS = ("aten", "implicit_gemm", "first_layer", "pointwise", "wgmma")
-WIDE_TILES = ("m256n64", "m256n128", "m128n256", "m128n128")
+WIDE_TILES = ("m256n64", "m256n128", "m128n256", "m128n128", "m128n64", "m64n64")
 H100 = (132, 90)
 TINY_GPU = (1, 80)
 
@@ -316,18 +316,19 @@ class Emulator:
         bias: bool = True,
         tile: str | None = None,
         splits: int | None = None,
+        plan: Plan | None = None,
         seed: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``[K, 3, 3, C]`` and ``[K]``."""
         self.reset(seed)
-        plan = self.plan("grad_weight", case.problem)
+        plan = plan or self.plan("grad_weight", case.problem)
         if tile is not None:
             self.retile(plan, tile, case.k, case.c)
             plan.tiles_n *= 9
         if splits is not None:
             plan.workspace_bytes = plan.workspace_bytes // plan.splits * splits
             plan.splits = splits
-        workspace = self.allocate(plan.workspace_bytes // 4, torch.float32)
+        workspace = self.allocate(plan.workspace_bytes, torch.uint8)
         out = self.allocate(9 * case.k * case.c, case.dtype)
         out_bias = self.allocate(case.k, case.dtype) if bias else None
         arguments = GradWeightPointers(*self.saved(saved), self.upload(x), workspace, out, out_bias)

@@ -55,7 +55,10 @@ const char* emu_grad_input(const Problem* problem, const Plan* plan, const GradI
   });
 }
 const char* emu_grad_weight(const Problem* problem, const Plan* plan, const GradWeightPointers* pointers) {
-  return guarded([&] { sm80::grad_weight(*problem, *plan, *pointers, nullptr); });
+  return guarded([&] {
+    if (plan->kernel == Kernel::wgmma) return sm90::grad_weight(*problem, *plan, *pointers, nullptr);
+    sm80::grad_weight(*problem, *plan, *pointers, nullptr);
+  });
 }
 const char* emu_max_pool2x2(const Problem* problem, const PoolPointers* pointers) {
   return guarded([&] { sm80::max_pool2x2(*problem, *pointers, nullptr); });

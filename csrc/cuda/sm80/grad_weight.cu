@@ -32,4 +32,15 @@ void grad_weight(const Problem& problem, const Plan& plan, const GradWeightPoint
   }
 }
 
+void reduce_splits(const Problem& problem, int splits, const GradWeightPointers& pointers, cudaStream_t stream) {
+  switch (problem.dtype) {
+  case DType::bf16:
+    return launch_reduce_splits<BFloat16>(problem, splits, pointers, stream);
+  case DType::fp16:
+    return launch_reduce_splits<Float16>(problem, splits, pointers, stream);
+  case DType::tf32:
+    return launch_reduce_splits<TFloat32>(problem, splits, pointers, stream);
+  }
+}
+
 } // namespace vggfast::cuda::sm80

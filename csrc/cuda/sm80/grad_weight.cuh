@@ -255,6 +255,16 @@ __global__ void reduce_splits_kernel(const __grid_constant__ ReduceParams params
   }
 }
 
+template <class Element>
+void launch_reduce_splits(const Problem& p, int splits, const GradWeightPointers& pointers, cudaStream_t stream) {
+  constexpr int threads = 256;
+  const ReduceParams params{
+      static_cast<const float*>(pointers.workspace), pointers.grad_weight, pointers.grad_bias, splits, int64_t{9} * p.c * p.k, p.k};
+  const int64_t vectors = (params.weight_elements + params.bias_elements) / 4;
+  launch_kernel("sm80 grad_weight reduction", reduce_splits_kernel<Element>, {(vectors + threads - 1) / threads, threads, 0},
+                stream, params);
+}
+
 template <class Element, TileId kTile>
 void launch_grad_weight(const Problem& p, const Plan& plan, const GradWeightPointers& pointers, cudaStream_t stream) {
   using Tile = Gemm<Element, kTile>;
@@ -274,11 +284,7 @@ void launch_grad_weight(const Problem& p, const Plan& plan, const GradWeightPoin
                                 p.pool};
   const LaunchShape shape{plan.tiles_m * plan.tiles_n * plan.splits, Tile::kThreads, int{sizeof(typename Tile::Shared)}};
   launch_kernel("sm80 grad_weight", grad_weight_kernel<Element, kTile>, shape, stream, params);
-  constexpr int threads = 256;
-  const ReduceParams reduce{params.workspace, pointers.grad_weight, pointers.grad_bias, plan.splits, int64_t{9} * p.c * p.k, p.k};
-  const int64_t vectors = (reduce.weight_elements + reduce.bias_elements) / 4;
-  launch_kernel("sm80 grad_weight reduction", reduce_splits_kernel<Element>, {(vectors + threads - 1) / threads, threads, 0},
-                stream, reduce);
+  launch_reduce_splits<Element>(p, plan.splits, pointers, stream);
 }
 
 } // namespace vggfast::cuda::sm80

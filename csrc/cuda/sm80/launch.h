@@ -20,6 +20,8 @@ void first_layer(const Problem& problem, const Plan& plan, const ForwardPointers
 void grad_input(const Problem& problem, const Plan& plan, const GradInputPointers& pointers, cudaStream_t stream);
 /// Kernel::implicit_gemm of Pass::grad_weight; also grad_bias.
 void grad_weight(const Problem& problem, const Plan& plan, const GradWeightPointers& pointers, cudaStream_t stream);
+/// The second pass of grad_weight: adds `splits` partial results [9 C K sums of grad_weight, K of grad_bias] in fp32.
+void reduce_splits(const Problem& problem, int splits, const GradWeightPointers& pointers, cudaStream_t stream);
 /// 2x2 max pooling of x [N, H, W, C]; relu, pool and k of the problem are not read. C a multiple of 16 bytes.
 void max_pool2x2(const Problem& problem, const PoolPointers& pointers, cudaStream_t stream);
 /// Gradient of the convolution's output from that of the fused output; K a multiple of 16 bytes. With relu off and pool

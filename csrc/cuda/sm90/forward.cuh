@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
 template <class Element, WideTile kTile>
 void launch_forward(const Problem& p, const Plan& plan, const ForwardPointers& pointers, cudaStream_t stream) {
   using Gemm = WideGemm<Element, kTile, Filters::rows>;
-  const GemmParams params{make_image_map("x", p.dtype, pointers.x, p.n, p.h, p.w, p.c, plan.box),
+  const GemmParams params{make_image_map("x", p.dtype, pointers.x, p.n, p.h, p.w, p.c, plan.box, p.h, p.w),
                           make_filter_map(p.dtype, pointers.weight, p.k, p.c, Gemm::kN),
                           {pointers.bias, pointers.y, pointers.argmax, static_cast<int>(p.k), p.relu, p.pool},
                           make_tile_grid(plan, p.n, p.pool ? p.h / 2 * 2 : p.h, p.pool ? p.w / 2 * 2 : p.w),

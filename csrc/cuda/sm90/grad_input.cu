@@ -17,6 +17,8 @@ void grad_input_as(const Problem& problem, const Plan& plan, const GradInputPoin
     return launch_grad_input<Element, WideTile::m128n256>(problem, plan, pointers, stream);
   case WideTile::m128n128:
     return launch_grad_input<Element, WideTile::m128n128>(problem, plan, pointers, stream);
+  default:
+    throw std::logic_error("vggfast: sm90 grad_input: expected a tile of pixels, got one of grad_weight");
   }
 }
 

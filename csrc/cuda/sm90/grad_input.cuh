@@ -2,7 +2,7 @@
 // convolution's own output, on mirrored taps. The filters are read as they lie, output channels along the reduction.
 #pragma once
 
-#include "cuda/sm80/launch.h"
+#include "cuda/sm90/grad_preact.h"
 #include "cuda/sm90/implicit_gemm.cuh"
 
 namespace vggfast::cuda::sm90 {
@@ -12,21 +12,11 @@ __global__ void __launch_bounds__(kThreads, 1) grad_input_kernel(const __grid_co
   run_implicit_gemm<WideGemm<Element, kTile, Filters::columns>>(params);
 }
 
-/// The gradient before ReLU and pool as a tensor [N, H, W, K], which is what the copy engine can read: in `workspace`, or
-/// what arrives where there is neither.
-inline const void* materialise_grad_preact(const Problem& p, const GradOutput& output, void* workspace, cudaStream_t stream) {
-  if (!p.relu && !p.pool) {
-    return output.grad;
-  }
-  sm80::grad_preact(p, {output, workspace}, stream);
-  return workspace;
-}
-
 template <class Element, WideTile kTile>
 void launch_grad_input(const Problem& p, const Plan& plan, const GradInputPointers& pointers, cudaStream_t stream) {
   using Gemm = WideGemm<Element, kTile, Filters::columns>;
   const void* grad = materialise_grad_preact(p, pointers.output, pointers.workspace, stream);
-  const GemmParams params{make_image_map("the gradient", p.dtype, grad, p.n, p.h, p.w, p.k, plan.box),
+  const GemmParams params{make_image_map("the gradient", p.dtype, grad, p.n, p.h, p.w, p.k, plan.box, p.h, p.w),
                           make_filter_map(p.dtype, pointers.weight, p.k, p.c, kSwizzleRow),
                           {nullptr, pointers.grad_input, nullptr, static_cast<int>(p.c), false, false},
                           make_tile_grid(plan, p.n, p.h, p.w),

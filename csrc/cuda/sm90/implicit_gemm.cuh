@@ -4,21 +4,9 @@
 // engine fills in outside the image is the padding.
 #pragma once
 
-#include "cuda/epilogue.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/plan_sm90.h"
-#include "cuda/sm90/pipeline.cuh"
-#include "cuda/sm90/tensor_map.h"
+#include "cuda/sm90/consumers.cuh"
 
 namespace vggfast::cuda::sm90 {
-
-inline constexpr int kGroupThreads = 128; // a warpgroup
-inline constexpr int kConsumers = 2;      // warpgroups that multiply
-inline constexpr int kThreads = (kConsumers + 1) * kGroupThreads;
-inline constexpr int kConsumerWarps = kConsumers * kGroupThreads / 32;
-// Of 64 K registers; at launch every thread has 168.
-inline constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-static_assert(kGroupThreads * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536);
 
 /// How the filters lie in a stage: output channels of the layer as rows (forward), or along the reduction (grad_input).
 enum class Filters { rows, columns };
@@ -26,54 +14,59 @@ enum class Filters { rows, columns };
 /// The tiles of a product, in the order in which they are worked on: channels the fastest, so that blocks that run
 /// together share their pixels and the weight stays in L2.
 struct TileGrid {
-  FastDiv tiles_channels, tiles_w, tiles_h;
-  int tiles; // of the whole product
-  PixelBox box;
+  FastDiv tiles_channels;
+  BoxWalk boxes;
+  int tiles;   // of the whole product
   int n, h, w; // pixels beyond are not written
+  int log2_box_w, log2_box_h;
 
   struct Tile {
-    int n, h, w; // first pixel
+    BoxWalk::Pixel pixel; // the first
     int channel_tile;
   };
   __device__ Tile tile(int index) const {
-    const int boxes = tiles_channels.quotient(index);
-    const int rows = tiles_w.quotient(boxes);
-    const int images = tiles_h.quotient(rows);
-    return {images * box.n, (rows - images * tiles_h.divisor()) * box.h, (boxes - rows * tiles_w.divisor()) * box.w,
-            index - boxes * tiles_channels.divisor()};
+    const int box = tiles_channels.quotient(index);
+    return {boxes.first_pixel(box), index - box * tiles_channels.divisor()};
   }
 };
 
 /// Host: the grid of a plan over [n, h, w] pixels.
 inline TileGrid make_tile_grid(const Plan& plan, int64_t n, int64_t h, int64_t w) {
-  const auto tiles = [](int64_t extent, int box) { return FastDiv(static_cast<uint32_t>((extent + box - 1) / box)); };
+  const auto log2 = [](int value) {
+    int result = 0;
+    while (1 << result < value) {
+      ++result;
+    }
+    return result;
+  };
   return {FastDiv(static_cast<uint32_t>(plan.tiles_n)),
-          tiles(w, plan.box.w),
-          tiles(h, plan.box.h),
+          make_box_walk(plan.box, h, w),
           static_cast<int>(plan.tiles_m * plan.tiles_n),
-          plan.box,
           static_cast<int>(n),
           static_cast<int>(h),
-          static_cast<int>(w)};
+          static_cast<int>(w),
+          log2(plan.box.w),
+          log2(plan.box.h)};
 }
 
-/// Where the rows of a slab of a box go: 8 columns wide, so 16 rows are four pools.
+/// Where the rows of a slab of a box go. With pools, boxes are 8 columns wide, so 16 rows are four pools.
 struct BoxPlaces {
   const TileGrid& grid;
-  TileGrid::Tile at;
+  BoxWalk::Pixel at;
   int first_row; // of the box
 
+  __device__ __forceinline__ BoxWalk::Pixel place(int row) const {
+    const int line = row >> grid.log2_box_w, image = line >> grid.log2_box_h;
+    return {at.n + image, at.h + line - (image << grid.log2_box_h), at.w + row - (line << grid.log2_box_w)};
+  }
   __device__ __forceinline__ int64_t pixel(int row) const {
-    const int line = (first_row + row) / 8, image = line / grid.box.h;
-    const int n = at.n + image, h = at.h + line - image * grid.box.h, w = at.w + row % 8;
-    return n < grid.n && h < grid.h && w < grid.w ? (int64_t{n} * grid.h + h) * grid.w + w : -1;
+    const BoxWalk::Pixel p = place(first_row + row);
+    return p.n < grid.n && p.h < grid.h && p.w < grid.w ? (int64_t{p.n} * grid.h + p.h) * grid.w + p.w : -1;
   }
   /// In a plane of half the height and width.
   __device__ __forceinline__ int64_t pool(int row) const {
-    const int line = first_row / 8 + row / 4 * 2, image = line / grid.box.h;
-    const int n = at.n + image, h = (at.h + line - image * grid.box.h) / 2, w = at.w / 2 + row % 4;
-    const int pools_h = grid.h / 2, pools_w = grid.w / 2;
-    return n < grid.n && h < pools_h && w < pools_w ? (int64_t{n} * pools_h + h) * pools_w + w : -1;
+    const BoxWalk::Pixel p = place(first_row + row / 4 * 16 + row % 4 * 2); // the pool's first pixel
+    return p.n < grid.n && p.h < grid.h && p.w < grid.w ? (int64_t{p.n} * (grid.h / 2) + p.h / 2) * (grid.w / 2) + p.w / 2 : -1;
   }
 };
 
@@ -97,7 +90,7 @@ struct Slab {
     float values[kFragmentsM][kFragmentsN][4];
   };
   static __device__ int thread() { return threadIdx.x % kGroupThreads; }
-  static __device__ void barrier() { ptx::named_barrier_sync<kGroupThreads>(1 + threadIdx.x / kGroupThreads); }
+  static __device__ void barrier() { group_barrier(); }
   static __device__ int warp_row() { return threadIdx.x / 32 % 4 * 16; }
   static __device__ int warp_column() { return 0; }
 };
@@ -107,7 +100,7 @@ template <class ElementType, WideTile kTile, Filters kFilters>
 struct WideGemm {
   using Element = ElementType;
   using Writer = TileWriter<Slab<Element>, BoxPlaces>;
-  static constexpr WideTileShape shape = wide_tile_shape(kTile);
+  static constexpr WideTileShape shape = pixel_tile_shape(kTile);
   static constexpr int kStages = shape.stages, kN = shape.block_n;
   static constexpr int kSlabs = shape.group_m() / 64;                                 // of 64 rows: one wgmma
   static constexpr int kRowBytes = 2 * kSwizzleRow, kBlock = kSwizzleRow * kRowBytes; // 64 rows
@@ -122,7 +115,7 @@ struct WideGemm {
     alignas(128) unsigned char staging[kConsumers][Writer::kStagingBytes];
     StageBarriers<kStages> barriers;
   };
-  static_assert(sizeof(Stage) == shape.stage_bytes() && sizeof(Shared) <= 227 * 1024);
+  static_assert(sizeof(Shared) <= 227 * 1024);
 
   struct Sums {
     float values[kSlabs][kN / 8][4];
@@ -157,6 +150,8 @@ struct WideGemm {
 
   /// One thread: all boxes of all tiles of this block.
   static __device__ void produce(Shared& shared, const GemmParams& params) {
+    ptx::prefetch_tensormap(&params.source);
+    ptx::prefetch_tensormap(&params.filters);
     StageCursor<kStages> at;
     for (int index = blockIdx.x; index < params.grid.tiles; index += gridDim.x) {
       const TileGrid::Tile tile = params.grid.tile(index);
@@ -167,8 +162,8 @@ struct WideGemm {
           ptx::Mbarrier* full = &shared.barriers.full[at.stage];
           ptx::mbarrier_arrive_expect_tx(full, sizeof(Stage));
           Stage& stage = shared.stages[at.stage];
-          ptx::tma_load_4d(stage.pixels, &params.source, full, block * kSwizzleRow, tile.w + tap % 3 - 1, tile.h + tap / 3 - 1,
-                           tile.n);
+          ptx::tma_load_4d(stage.pixels, &params.source, full, block * kSwizzleRow, tile.pixel.w + tap % 3 - 1,
+                           tile.pixel.h + tap / 3 - 1, tile.pixel.n);
           load_filters(stage, params, full, tile.channel_tile * kN, block * kSwizzleRow, tap);
           at.next();
         }
@@ -194,28 +189,9 @@ struct WideGemm {
     StageCursor<kStages> at;
     for (int index = blockIdx.x; index < params.grid.tiles; index += gridDim.x) {
       Sums sums;
-      const int stages = 9 * params.blocks;
-      int before = 0;
-      for (int i = 0; i < stages; ++i) {
-        wait_phase(shared.barriers.full[at.stage], at.parity);
-        multiply_stage(sums, shared.stages[at.stage], i > 0);
-        // While these products run, the stage before them is done and can be filled again.
-        ptx::wgmma_wait<1>();
-        if (i > 0) {
-          release(shared.barriers.empty[before]);
-        }
-        before = at.stage;
-        at.next();
-      }
-      ptx::wgmma_wait<0>();
-      release(shared.barriers.empty[before]);
+      consume_stages(shared.barriers, at, 9 * params.blocks,
+                     [&](int stage, bool accumulate) { multiply_stage(sums, shared.stages[stage], accumulate); });
       store(sums, shared.staging[group], params, params.grid.tile(index), group);
-    }
-  }
-
-  static __device__ __forceinline__ void release(ptx::Mbarrier& empty) {
-    if (threadIdx.x % 32 == 0) {
-      ptx::mbarrier_arrive(&empty);
     }
   }
 
@@ -223,7 +199,7 @@ struct WideGemm {
                                                const TileGrid::Tile& tile, int group) {
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-      const BoxPlaces places{params.grid, tile, group * shape.group_m() + slab * 64};
+      const BoxPlaces places{params.grid, tile.pixel, group * shape.group_m() + slab * 64};
 #pragma unroll
       for (int part = 0; part < kN / 64; ++part) {
         typename Slab<Element>::Accumulators values;
@@ -234,7 +210,7 @@ struct WideGemm {
             values.values[0][j][e] = sums.values[slab][8 * part + j][e];
           }
         }
-        Slab<Element>::barrier(); // what was staged before is stored
+        group_barrier(); // what was staged before is stored
         Writer(params.epilogue, staging, places, tile.channel_tile * kN + part * 64).write(values);
       }
     }
@@ -244,22 +220,7 @@ struct WideGemm {
 /// The whole kernel.
 template <class Gemm>
 __device__ __forceinline__ void run_implicit_gemm(const GemmParams& params) {
-  auto& shared = ptx::dynamic_shared<typename Gemm::Shared>();
-  if (threadIdx.x == 0) {
-    shared.barriers.init(kConsumerWarps);
-  }
-  __syncthreads();
-  if (threadIdx.x / kGroupThreads == kConsumers) {
-    ptx::setmaxnreg_dec<kProducerRegisters>();
-    if (threadIdx.x % kGroupThreads == 0) {
-      ptx::prefetch_tensormap(&params.source);
-      ptx::prefetch_tensormap(&params.filters);
-      Gemm::produce(shared, params);
-    }
-  } else {
-    ptx::setmaxnreg_inc<kConsumerRegisters>();
-    Gemm::consume(shared, params);
-  }
+  run_warp_specialised<Gemm>(ptx::dynamic_shared<typename Gemm::Shared>(), params);
 }
 
 } // namespace vggfast::cuda::sm90

@@ -59,10 +59,11 @@ CUtensorMap make_tensor_map(const char* name, DType dtype, const void* base, con
 
 inline constexpr int kSwizzleRow = 64; // elements of a 128-byte row
 
-/// Of a dense [N, H, W, C] tensor, in boxes of 64 channels of `box` pixels.
+/// Of the first h rows and w columns of a dense [N, H, W, C] tensor, in boxes of 64 channels of the pixels of `box`.
 inline CUtensorMap make_image_map(const char* name, DType dtype, const void* base, int64_t n, int64_t h, int64_t w, int64_t c,
-                                  const PixelBox& box) {
-  const MapDimension dimensions[] = {{c, 1, kSwizzleRow}, {w, c, box.w}, {h, w * c, box.h}, {n, h * w * c, box.n}};
+                                  const PixelBox& box, int64_t whole_h, int64_t whole_w) {
+  const MapDimension dimensions[] = {
+      {c, 1, kSwizzleRow}, {w, c, box.w}, {h, whole_w * c, box.h}, {n, whole_h * whole_w * c, box.n}};
   return make_tensor_map(name, dtype, base, dimensions);
 }
 
