@@ -181,21 +181,33 @@ class Emulator:
         self.library.emu_plan(PASSES[step], *arguments)
         return plan
 
-    def wide_plan(
-        self, step: str, case: Case, *, sms: int = 2, tile: str | None = None, box: tuple[int, int, int] | None = None
-    ) -> Plan:
-        """The sm_90 plan for a GPU of ``sms`` SMs, or the same on another tile and box of pixels."""
+    def wide_plan(self, step: str, case: Case, *, sms: int = 2, device: tuple[int, int] | None = None) -> Plan:
+        """The sm_90 plan for ``device``, or for a Hopper GPU of ``sms`` SMs."""
         plan = Plan()
-        arguments = (ctypes.byref(case.problem), ctypes.byref(GpuDevice(sms, 90)), ctypes.byref(plan))
+        arguments = (ctypes.byref(case.problem), ctypes.byref(GpuDevice(*(device or (sms, 90)))), ctypes.byref(plan))
         self.library.emu_plan_sm90(PASSES[step], *arguments)
-        if tile is not None:
-            plan.wide_tile = WIDE_TILES.index(tile)
-            plan.box_w, plan.box_h, plan.box_n = box or (8, 2, int(tile[1:4]) // 16)
-            h, w = (case.h // 2 * 2, case.w // 2 * 2) if step == "forward" and case.pool else (case.h, case.w)
-            boxes = -(-w // plan.box_w), -(-h // plan.box_h), -(-case.n // plan.box_n)
-            plan.tiles_m = boxes[0] * boxes[1] * boxes[2]
-            plan.tiles_n = -(-(case.k if step == "forward" else case.c) // int(tile.split("n")[1]))
+        return plan
+
+    def wide_plan_like(
+        self, step: str, case: Case, tile: str, box: tuple[int, int, int], *, splits: int = 1, sms: int = 2
+    ) -> Plan:
+        """The sm_90 plan with another tile, box of pixels and number of splits of the reduction."""
+        plan = self.wide_plan(step, case, sms=sms)
+        plan.wide_tile, (plan.box_w, plan.box_h, plan.box_n) = WIDE_TILES.index(tile), box
+        rows, columns = (int(part) for part in tile[1:].split("n"))
+        pooled = step == "forward" and case.pool
+        h, w = (case.h // 2 * 2, case.w // 2 * 2) if pooled else (case.h, case.w)
+        boxes = -(-w // box[0]) * -(-h // box[1]) * -(-case.n // box[2])
+        if step != "grad_weight":
+            plan.tiles_m, plan.tiles_n = boxes, -(-(case.k if step == "forward" else case.c) // columns)
             plan.blocks = min(sms, plan.tiles_m * plan.tiles_n)
+            return plan
+        plan.tiles_m, plan.tiles_n = -(-case.k // rows), 3 * -(-case.c // columns)
+        splits = -(-boxes // -(-boxes // min(splits, boxes)))  # none is empty
+        plan.blocks = plan.tiles_m * plan.tiles_n * splits
+        plan.splits = splits * (2 if rows == 64 else 1)
+        preact = case.n * case.h * case.w * case.k * case.dtype.itemsize if case.relu or case.pool else 0
+        plan.workspace_bytes = plan.splits * (9 * case.c + 1) * case.k * 4 + preact
         return plan
 
     def plan_text(self, plan: Plan) -> str:

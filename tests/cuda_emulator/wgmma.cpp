@@ -99,7 +99,7 @@ float* values_of(Thread& thread, const float* registers) {
   return nullptr;
 }
 
-void add_row(float* sums, const float* b, float a, int columns) {
+__attribute__((optimize("O3"))) void add_row(float* sums, const float* b, float a, int columns) {
   for (int n = 0; n < columns; ++n) {
     sums[n] += a * b[n];
   }

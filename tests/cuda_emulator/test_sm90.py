@@ -1,0 +1,244 @@
+"""The sm_90 kernels, on the emulator: every tile over ragged sizes, and every plan that VGG's layers get."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from cuda_emulator_harness import KERNELS, WIDE_TILES, Case, Emulator
+from cuda_reference import (
+    assert_close,
+    convolution_gradients,
+    convolve,
+    grad_preact,
+    make_inputs,
+    make_saved,
+    pack_argmax,
+    pool_in_torch_order,
+    torch_like,
+    torch_like_gradients,
+)
+from test_torch_semantics import few_values, identity_weight
+
+Box = tuple[int, int, int]
+
+CASES = [
+    Case(1, 4, 4, 8, 8),  # one tile, mostly empty; channels below one stage
+    Case(2, 5, 7, 40, 72),  # odd image, ragged channels on both sides
+    Case(1, 9, 8, 72, 136, relu=False),  # two blocks of the reduction, the last ragged; ragged column tiles
+    Case(3, 6, 6, 64, 64, pool=True),  # exactly one block of the reduction
+    Case(2, 7, 9, 24, 40, pool=True),  # odd image: the last row and column belong to no pool
+    Case(5, 2, 2, 16, 8, pool=True, relu=False),  # one pool an image
+    Case(17, 3, 2, 8, 16),  # more images than a box has
+]
+DTYPES = (torch.bfloat16, torch.float16)
+PIXEL_TILES = WIDE_TILES[:4]
+WEIGHT_TILES = WIDE_TILES[3:]
+
+
+def name(value: object) -> str:
+    if isinstance(value, Case):
+        flags = ("-relu" if value.relu else "") + ("-pool" if value.pool else "")
+        return f"{value.n}x{value.h}x{value.w}x{value.c}-{value.k}{flags}"
+    return str(value).removeprefix("torch.")
+
+
+def boxes(tile: str, case: Case, pools: bool) -> list[Box]:
+    """A flat and a tall box of the tile's rows."""
+    rows = int(tile[1:].split("n")[0])
+    return [(8, 2, rows // 16), (8, rows // 8, 1)] if pools else [(4, 4, rows // 16), (16, 2, rows // 32)]
+
+
+def check_forward(emulator: Emulator, case: Case, tile: str, box: Box, *, sms: int = 2, seed: int = 1) -> None:
+    x, weight, bias = make_inputs(case)
+
+    def run(case: Case, box: Box) -> tuple[torch.Tensor, torch.Tensor | None]:
+        plan = emulator.wide_plan_like("forward", case, tile, box, sms=sms)
+        return emulator.forward(case, x, weight, bias, plan=plan, seed=seed)
+
+    y, argmax = run(case, box)
+    unpooled = run(dataclasses.replace(case, pool=False), box)[0] if case.pool else y
+    exact = convolve(x, weight, bias, case.relu, torch.float64)
+    assert_close(unpooled, exact, torch_like(x, weight, bias, case.relu, case.dtype))
+    if case.pool:
+        values, position = pool_in_torch_order(unpooled)
+        assert torch.equal(y, values)
+        assert torch.equal(argmax, pack_argmax(position))
+
+
+def check_grad_input(emulator: Emulator, case: Case, tile: str, box: Box, *, sms: int = 2, seed: int = 1) -> None:
+    x, weight, _ = make_inputs(case)
+    saved = make_saved(case)
+    plan = emulator.wide_plan_like("grad_input", case, tile, box, sms=sms)
+    ours = emulator.grad_input(case, saved, weight, plan=plan, seed=seed)
+    grad = grad_preact(case, saved)
+    exact = convolution_gradients(grad, x, weight, torch.float64)[0]
+    assert_close(ours, exact, torch_like_gradients(grad, x, weight, case.dtype)[0])
+
+
+def check_grad_weight(emulator: Emulator, case: Case, tile: str, box: Box, *, splits: int = 1, seed: int = 1) -> None:
+    x, weight, _ = make_inputs(case)
+    saved = make_saved(case)
+    plan = emulator.wide_plan_like("grad_weight", case, tile, box, splits=splits)
+    ours, ours_bias = emulator.grad_weight(case, saved, x, plan=plan, seed=seed)
+    grad = grad_preact(case, saved)
+    exact = convolution_gradients(grad, x, weight, torch.float64)
+    theirs = torch_like_gradients(grad, x, weight, case.dtype)
+    assert_close(ours, exact[1], theirs[1])
+    assert_close(ours_bias, exact[2], theirs[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("tile", PIXEL_TILES)
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_forward(emulator: Emulator, case: Case, tile: str, dtype: torch.dtype) -> None:
+    case = dataclasses.replace(case, dtype=dtype)
+    check_forward(emulator, case, tile, boxes(tile, case, case.pool)[dtype == torch.float16])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("tile", PIXEL_TILES)
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_grad_input(emulator: Emulator, case: Case, tile: str, dtype: torch.dtype) -> None:
+    case = dataclasses.replace(case, dtype=dtype, c=case.k, k=case.c)
+    check_grad_input(emulator, case, tile, boxes(tile, case, False)[dtype == torch.float16])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("tile", WEIGHT_TILES)
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_grad_weight_and_bias(emulator: Emulator, case: Case, tile: str, dtype: torch.dtype) -> None:
+    box = (8, 8, 1) if dtype == torch.float16 else (2, 4, 8)
+    check_grad_weight(emulator, dataclasses.replace(case, dtype=dtype), tile, box, splits=1 + case.h % 4)
+
+
+# ---- Every plan that VGG11 to VGG19 get on a GPU of 132 SMs, on images cut down to little more than a box, with channels cut
+# down to little more than a tile and a block of the reduction.
+
+LAYERS = [  # of VGG19, which has those of VGG11, 13 and 16
+    *((64, 64, 224, True), (64, 128, 112, False), (128, 128, 112, True), (128, 256, 56, False), (256, 256, 56, False)),
+    *((256, 256, 56, True), (256, 512, 28, False), (512, 512, 28, False), (512, 512, 28, True), (512, 512, 14, False)),
+    *((512, 512, 14, True), (64, 128, 112, True), (128, 256, 56, True), (256, 512, 28, True)),  # the last: VGG11's
+]
+BATCHES = (1, 3, 8, 64)
+
+
+def reduced(step: str, c: int, k: int, size: int, pool: bool, batch: int, tile: str, box: Box) -> Case:
+    rows, columns = (int(part) for part in tile[1:].split("n"))
+    down = 72 if columns < 256 else 64  # two blocks of the reduction, the second ragged, or one
+    if step == "grad_weight":
+        c, k = min(c, columns + 8), min(k, rows)
+    elif step == "forward":
+        c, k = min(c, down), min(k, columns + 8)
+    else:
+        c, k = min(c, columns + 8), min(k, down)
+    h, w = (min(size, 2 * extent) if extent < 8 else min(size, extent + 6) for extent in (box[1], box[0]))
+    n = box[2] + 1 if box[2] < batch and box[2] > 1 else min(batch, box[2])
+    return Case(n, h, w, c, k, pool=pool)
+
+
+def vgg_plans(emulator: Emulator, step: str) -> dict[tuple[str, Box, bool], Case]:
+    """Of each tile and box, pooled or not, the first layer that gets it and fills it, else the first."""
+    plans: dict[tuple[str, Box, bool], Case] = {}
+    for c, k, size, pool in LAYERS:
+        for batch in sorted(BATCHES, reverse=True):
+            plan = emulator.wide_plan(step, Case(batch, size, size, c, k, pool=pool), sms=132)
+            assert KERNELS[plan.kernel] == "wgmma", plan.reason
+            tile, box = WIDE_TILES[plan.wide_tile], (plan.box_w, plan.box_h, plan.box_n)
+            # Backward, pools only matter to the kernel that materialises the gradient before them.
+            plans.setdefault((tile, box, pool and step == "forward"), reduced(step, c, k, size, pool, batch, tile, box))
+    return plans
+
+
+@pytest.mark.parametrize("step", ["forward", "grad_input", "grad_weight"])
+def test_every_plan_of_vgg(emulator: Emulator, step: str) -> None:
+    check = {"forward": check_forward, "grad_input": check_grad_input, "grad_weight": check_grad_weight}[step]
+    plans = vgg_plans(emulator, step)
+    assert len(plans) > 6
+    for (tile, box, _), case in plans.items():
+        try:
+            check(emulator, case, tile, box)
+        except Exception as error:
+            raise AssertionError(f"{step}, {tile}, box {box}, {name(case)}: {error}") from error
+
+
+def test_whole_layer_of_512_channels(emulator: Emulator) -> None:
+    """72 stages a tile, forward and grad_input: the ring goes round many times."""
+    case = Case(2, 4, 4, 512, 512)
+    check_forward(emulator, case, "m128n256", (4, 4, 8))
+    check_grad_input(emulator, case, "m128n128", (4, 4, 8))
+
+
+@pytest.mark.parametrize("seed", [2, 3, 4, 5])
+def test_results_do_not_depend_on_the_schedule(emulator: Emulator, seed: int) -> None:
+    case = Case(2, 10, 12, 72, 72, pool=True)
+    x, weight, bias = make_inputs(case)
+    saved = make_saved(case)
+
+    def results(seed: int) -> list[torch.Tensor | None]:
+        forward, backward = (emulator.wide_plan(step, case) for step in ("forward", "grad_input"))
+        weights = emulator.wide_plan_like("grad_weight", case, "m128n128", (4, 4, 4), splits=2)
+        gx = emulator.grad_input(case, saved, weight, plan=backward, seed=seed)
+        return [
+            *emulator.forward(case, x, weight, bias, plan=forward, seed=seed),
+            gx,
+            *emulator.grad_weight(case, saved, x, plan=weights, seed=seed),
+        ]
+
+    for first, again in zip(results(1), results(seed), strict=True):
+        assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_ties_and_nan_in_pools(emulator: Emulator, dtype: torch.dtype) -> None:
+    case = Case(2, 6, 12, 16, 16, dtype, relu=False, pool=True)
+    x = few_values((2, 6, 12, 16), dtype)
+    x[0, 2, 3, :] = torch.nan
+    plan = emulator.wide_plan_like("forward", case, "m256n64", (8, 4, 8))
+    y, argmax = emulator.forward(case, x, identity_weight(16, dtype), None, plan=plan)
+    unpooled = convolve(x, identity_weight(16, dtype), None, False, torch.float32).to(dtype)
+    values, position = pool_in_torch_order(unpooled)
+    assert torch.equal(y.nan_to_num(9), values.nan_to_num(9))
+    assert int(y.isnan().sum()) == 4 * 16
+    assert torch.equal(argmax, pack_argmax(position))
+
+
+def test_infinities_at_the_edge_reach_only_the_taps_that_read_them(emulator: Emulator) -> None:
+    """Boxes reach past the image: what lies there must be zero on both sides, since 0 * inf is NaN."""
+    case = Case(3, 5, 7, 8, 8, relu=False)
+    x, _, _ = make_inputs(case)
+    x[:, -1, :, :] = torch.inf
+    x[:, :, -1, :] = torch.inf
+    saved = make_saved(case)
+    plan = emulator.wide_plan_like("grad_weight", case, "m64n64", (8, 8, 1))
+    ours, _ = emulator.grad_weight(case, saved, x, plan=plan)
+    exact = convolution_gradients(saved.grad, x, torch.zeros(8, 3, 3, 8), torch.float64)[1]
+    assert torch.equal(ours.isfinite(), exact.isfinite())
+    assert int(ours.isfinite().sum()) == 64  # the tap up and left never meets the last row or column
+
+
+REFUSED = {
+    "capability": (Case(1, 8, 8, 64, 64), "forward", (132, 80), "9.0"),
+    "capability above": (Case(1, 8, 8, 64, 64), "forward", (132, 100), "9.0"),
+    "fp32": (Case(1, 8, 8, 64, 64, torch.float32), "forward", (132, 90), "TF32"),
+    "first layer": (Case(1, 8, 8, 3, 64), "forward", (132, 90), "multiple of 16 bytes"),
+    "one column": (Case(1, 8, 1, 64, 64), "grad_weight", (132, 90), "one row or column"),
+    "what no kernel takes": (Case(1, 8, 8, 64, 60), "forward", (132, 90), "output channels"),
+}
+
+
+@pytest.mark.parametrize(("case", "step", "device", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_wgmma_does_not_take(
+    emulator: Emulator, case: Case, step: str, device: tuple[int, int], reason: str
+) -> None:
+    plan = emulator.wide_plan(step, case, device=device)
+    assert KERNELS[plan.kernel] == "aten"
+    assert reason in plan.reason.decode()
+
+
+def test_plans_print(emulator: Emulator) -> None:
+    case = Case(64, 56, 56, 256, 256, pool=True)
+    texts = [emulator.plan_text(emulator.wide_plan(step, case, sms=132)) for step in ("forward", "grad_weight")]
+    assert texts[0].startswith("wgmma tile=m128n256 box=8x8x2 tiles=1568x1 splits=1 blocks=132 workspace=0: 128x256")
+    assert texts[1].startswith("wgmma tile=m128n128 box=8x8x1 tiles=2x6 splits=11 blocks=132 workspace=")
