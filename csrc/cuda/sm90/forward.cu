@@ -18,7 +18,7 @@ void forward_as(const Problem& problem, const Plan& plan, const ForwardPointers&
   case WideTile::m128n128:
     return launch_forward<Element, WideTile::m128n128>(problem, plan, pointers, stream);
   default:
-    throw std::logic_error("vggfast: sm90 forward: expected a tile of pixels, got one of grad_weight");
+    throw no_such_tile("sm90 forward");
   }
 }
 

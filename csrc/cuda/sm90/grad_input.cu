@@ -18,7 +18,7 @@ void grad_input_as(const Problem& problem, const Plan& plan, const GradInputPoin
   case WideTile::m128n128:
     return launch_grad_input<Element, WideTile::m128n128>(problem, plan, pointers, stream);
   default:
-    throw std::logic_error("vggfast: sm90 grad_input: expected a tile of pixels, got one of grad_weight");
+    throw no_such_tile("sm90 grad_input");
   }
 }
 

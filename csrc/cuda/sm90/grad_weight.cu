@@ -16,7 +16,7 @@ void grad_weight_as(const Problem& problem, const Plan& plan, const GradWeightPo
   case WideTile::m64n64:
     return launch_grad_weight<Element, WideTile::m64n64>(problem, plan, pointers, stream);
   default:
-    throw std::logic_error("vggfast: sm90 grad_weight: expected a tile of channels, got one of pixels");
+    throw no_such_tile("sm90 grad_weight");
   }
 }
 

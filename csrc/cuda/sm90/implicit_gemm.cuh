@@ -83,7 +83,7 @@ template <class ElementType>
 struct Slab {
   using Element = ElementType;
   using Storage = typename Element::Storage;
-  static constexpr TileShape shape{64, 64, 4, 1, 0};
+  static constexpr TileShape shape{64, 64, 4, 1, 0, 1};
   static constexpr int kThreads = kGroupThreads, kElementBytes = sizeof(Storage);
   static constexpr int kFragmentsM = 1, kFragmentsN = 8;
   struct Accumulators {
