@@ -50,6 +50,25 @@ def test_a_kernel_shows_its_tile_and_grid() -> None:
     assert decide("max_pool", LAYER, A100, "sm80", NO_TF32).kernel == "cuda sm80 pointwise"
 
 
+@needs_cuda_build
+def test_hopper_kernels_where_they_fit_and_the_others_elsewhere() -> None:
+    hopper = Gpu(90, 132)
+    decision = decide("forward", LAYER, hopper, "sm90", NO_TF32)
+    assert decision.kernel.startswith("cuda sm90 wgmma tile=")
+    for step in ("grad_input", "grad_weight"):
+        assert decide(step, LAYER, hopper, "sm90", NO_TF32).kernel.startswith("cuda sm90 wgmma tile=")
+    assert decide("forward", LAYER, hopper, "sm80", NO_TF32).kernel.startswith("cuda sm80 implicit_gemm")
+    for p, gpu, reason in (
+        (LAYER, A100, "not wgmma: wgmma exists only on compute capability 9.0"),
+        (LAYER._replace(dtype=torch.float32), hopper, "not wgmma: fp32"),
+    ):
+        decision = decide("forward", p, gpu, "sm90", "")
+        assert decision.kernel.startswith("cuda sm80 implicit_gemm")
+        assert reason in decision.reason
+    assert decide("max_pool", LAYER, hopper, "sm90", NO_TF32).kernel == "cuda sm80 pointwise"
+    assert decide("forward", LAYER._replace(k=60), hopper, "sm90", NO_TF32).kernel == "aten"
+
+
 REFUSED: dict[str, tuple[str, Problem, Gpu, str]] = {
     "old GPU": ("forward", LAYER, TURING, "compute capability 8.0"),
     "driver": ("forward", LAYER, Gpu(90, 132, "the NVIDIA driver is for CUDA 12"), "driver is for CUDA 12"),
@@ -153,7 +172,7 @@ def test_switches() -> None:
     switches.set_cpu_isa("baseline")
     assert switches.cpu_isa() == _C.cpu_isa() == "baseline"
     assert "baseline" in switches.cpu_isas()
-    with pytest.raises(ValueError, match="VGGFAST_CUDA_PLAN: expected aten or sm80, got 'fast'"):
+    with pytest.raises(ValueError, match="VGGFAST_CUDA_PLAN: expected aten, sm80 or sm90, got 'fast'"):
         switches.set_cuda_plan("fast")
     with pytest.raises(ValueError, match="VGGFAST_CONV_ALGO: expected"):
         switches.set_conv_algo("fast")
@@ -162,7 +181,7 @@ def test_switches() -> None:
     assert switches.cuda_plan() == "sm80"
 
 
-@pytest.mark.parametrize(("value", "plan"), [("", "aten"), ("sm80", "sm80")])
+@pytest.mark.parametrize(("value", "plan"), [("", "aten"), ("sm80", "sm80"), ("sm90", "sm90")])
 def test_the_environment_sets_the_plan(value: str, plan: str) -> None:
     command = [sys.executable, "-m", "vggfast", "info", "--json"]
     environment = os.environ | {"VGGFAST_CUDA_PLAN": value}
@@ -177,7 +196,7 @@ def test_a_wrong_plan_in_the_environment_is_a_message() -> None:
     environment = os.environ | {"VGGFAST_CUDA_PLAN": "fast"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "error: VGGFAST_CUDA_PLAN: expected aten or sm80, got 'fast'\n"
+    assert done.stderr == "error: VGGFAST_CUDA_PLAN: expected aten, sm80 or sm90, got 'fast'\n"
 
 
 # ---- what is known of a device ---------------------------------------------------------------------------------------
@@ -233,6 +252,11 @@ def test_explain_of_a_gpu_on_the_command_line() -> None:
     done = CliRunner().invoke(cli.app, [*command, "9.0,132"])
     assert done.exit_code == 0
     assert done.stdout.count("cuda sm80 implicit_gemm tile=") == 12
+    switches.set_cuda_plan("sm90")
+    done = CliRunner().invoke(cli.app, [*command, "9.0,132"])
+    assert done.stdout.count("cuda sm90 wgmma tile=") == 12
+    assert "with VGGFAST_CUDA_PLAN=sm90" in done.stdout
+    switches.set_cuda_plan("aten")
     done = CliRunner().invoke(cli.app, [*command, "7.5,40"])
     assert done.stdout.count("compute capability 8.0") == 13
     assert "0 of 13 convolutions" in done.stdout

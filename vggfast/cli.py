@@ -97,7 +97,7 @@ def _cuda_plan_reason() -> str:
         return obstacle
     if os.environ.get("VGGFAST_CUDA_PLAN"):
         return "VGGFAST_CUDA_PLAN"
-    return "the default; VGGFAST_CUDA_PLAN=sm80 turns on kernels that no GPU has proven yet"
+    return "the default; VGGFAST_CUDA_PLAN=sm80 or sm90 turns on kernels that no GPU has proven yet"
 
 
 @app.command()

@@ -14,7 +14,7 @@ import torch
 
 from vggfast import _C
 
-NOT_PROVEN = "CUDA kernels have not been proven on a GPU yet: VGGFAST_CUDA_PLAN=sm80 turns them on"
+NOT_PROVEN = "CUDA kernels have not been proven on a GPU yet: VGGFAST_CUDA_PLAN=sm80 or sm90 turns them on"
 _INT32 = 2**31 - 1 - 1024  # kernels count pixels up to a tile past the last
 _VECTOR = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}  # elements in 16 bytes
 
@@ -82,9 +82,10 @@ def decide(step: str, p: Problem, gpu: Gpu, plan: str, no_tf32: str) -> Decision
     reason = why_not(step, p, gpu, plan, no_tf32)
     if reason:
         return Decision(False, "aten", reason)
-    kernel, reason = planned(step, p, gpu)
+    kernel, reason = planned(step, p, gpu, plan)
+    family = "sm90" if kernel.startswith("wgmma") else "sm80"
     products = "; float32 is multiplied in TF32" if p.dtype == torch.float32 and step != "max_pool" else ""
-    return Decision(True, f"cuda {plan} {kernel}", reason + products)
+    return Decision(True, f"cuda {family} {kernel}", reason + products)
 
 
 def _fits(step: str, p: Problem, gpu: Gpu) -> bool:
@@ -99,10 +100,10 @@ def _fits(step: str, p: Problem, gpu: Gpu) -> bool:
     return p.c % vector == 0 or (step == "forward" and p.c <= 3)
 
 
-def planned(step: str, p: Problem, gpu: Gpu) -> tuple[str, str]:
-    """The plan that `choose_plan` makes, as kernel with tile and grid, and its reason."""
+def planned(step: str, p: Problem, gpu: Gpu, plan: str = "sm80") -> tuple[str, str]:
+    """The plan that is made with the kernels up to `plan`, as kernel with tile and grid, and its reason."""
     dtype = str(p.dtype).removeprefix("torch.")
-    text: str = _C.cuda_plan(step, p.n, p.c, p.k, p.h, p.w, p.pool, dtype, gpu.sm_count, gpu.capability)
+    text: str = _C.cuda_plan(step, p.n, p.c, p.k, p.h, p.w, p.pool, dtype, gpu.sm_count, gpu.capability, plan)
     kernel, _, reason = text.partition(": ")
     return kernel, reason
 

@@ -80,9 +80,15 @@ def why_not_cuda(step: str, problem: Problem, device: torch.device) -> str:
     return cuda_plan.why_not(step, problem, gpu, switches.cuda_plan(), cuda_plan.tf32_obstacle())
 
 
+def switched_on() -> str:
+    """The plan that is asked about for another GPU: the one in use, or "sm80" where that is torch's own."""
+    plan = switches.cuda_plan()
+    return plan if plan != "aten" else "sm80"
+
+
 def _decide_cuda(step: str, problem: Problem, device: torch.device, gpu: Gpu | None) -> Decision:
     """The same as a `Decision`; for another GPU than the device, with the kernels on."""
-    plan = switches.cuda_plan() if gpu is None else "sm80"
+    plan = switches.cuda_plan() if gpu is None else switched_on()
     return cuda_plan.decide(step, problem, gpu or cuda_plan.gpu_of(device.index), plan, cuda_plan.tf32_obstacle())
 
 

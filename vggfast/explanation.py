@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from vggfast import ops
 from vggfast.cuda_plan import Gpu, build_obstacle
+from vggfast.dispatch import switched_on
 from vggfast.fused import Executed, FusedSequential, geometry_obstacle, observer, operands
 
 __all__ = ["Explanation", "Row", "explain"]
@@ -46,11 +47,12 @@ class Row:
 class Explanation:
     """The rows of `explain`, in the order of execution. `str()` is a table, `to_dict()` is ready for JSON.
 
-    `gpu` is the GPU that they tell of, where that is not the device the model is on.
+    `gpu` is the GPU that they tell of, where that is not the device the model is on; `cuda_plan` the switch they assume there.
     """
 
     rows: tuple[Row, ...]
     gpu: Gpu | None = None
+    cuda_plan: str = "sm80"
 
     @property
     def convolutions(self) -> int:
@@ -82,7 +84,7 @@ class Explanation:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
         lines.insert(1, "-" * max(map(len, lines)))
-        where = "" if self.gpu is None else f" on a GPU of {self.gpu}, with VGGFAST_CUDA_PLAN=sm80"
+        where = "" if self.gpu is None else f" on a GPU of {self.gpu}, with VGGFAST_CUDA_PLAN={self.cuda_plan}"
         lines.append(f"{self.fused_convolutions} of {self.convolutions} convolutions run on fused kernels{where}.")
         return "\n".join(lines)
 
@@ -96,7 +98,7 @@ def explain(model: nn.Module, *inputs: Any, gpu: str | None = None) -> Explanati
     `FusedSequential` turn out to be called one by one, to find those.
 
     `gpu`, as in "8.0,108", asks for the kernels of a GPU of that compute capability and number of SMs, with
-    VGGFAST_CUDA_PLAN=sm80; the model still runs where it is, and no GPU is needed. In training mode the kernels of both
+    VGGFAST_CUDA_PLAN=sm80, or sm90 where that is set; the model still runs where it is, and no GPU is needed. In training mode the kernels of both
     gradients follow each convolution on a GPU.
 
     Raises ValueError where `gpu` is not of that form, or this build has no CUDA kernels; TypeError where `model` is not an `nn.Module`, or is a TorchScript one, whose layers cannot be watched; and
@@ -118,7 +120,7 @@ def explain(model: nn.Module, *inputs: Any, gpu: str | None = None) -> Explanati
     missed = [m for key, m in leaves.items() if key in inside and key not in seen]
     if missed:
         rows, _ = _watch(model, inputs, watched + missed, target)
-    return Explanation(tuple(rows), target)
+    return Explanation(tuple(rows), target, switched_on())
 
 
 def _watch(

@@ -4,7 +4,7 @@
 |---|---|---|
 | `cpu_isa` | `VGGFAST_CPU_ISA` | `auto` (the widest this CPU runs) or one of `cpu_isas()` |
 | `conv_algo` | `VGGFAST_CONV_ALGO` | `auto`, `winograd`, `direct`: the algorithm on a CPU |
-| `cuda_plan` | `VGGFAST_CUDA_PLAN` | `aten` (the default), `sm80`: the kernels on CUDA devices |
+| `cuda_plan` | `VGGFAST_CUDA_PLAN` | `aten` (the default), `sm80`, `sm90`: the kernels on CUDA devices |
 
 Each holds for the whole process, from the next call of an op on. Setters raise ValueError for a value that is none of these, getters
 for such a value in the environment.
@@ -25,24 +25,28 @@ __all__ = [
     "set_cuda_plan",
 ]
 
-CUDA_PLANS = ("aten", "sm80")
+CUDA_PLANS = ("aten", "sm80", "sm90")
 _cuda_plan = os.environ.get("VGGFAST_CUDA_PLAN") or "aten"
 
 
 def cuda_plan() -> str:
-    """Which kernels calls on CUDA devices take: "aten" for torch's own, "sm80" for this library's wherever one fits."""
+    """Which kernels calls on CUDA devices take: "aten" for torch's own, "sm80" for this library's wherever one fits, "sm90" for
+    those of Hopper (TMA and wgmma) where they fit and "sm80" elsewhere.
+    """
     return _checked_cuda_plan(_cuda_plan)
 
 
 def set_cuda_plan(name: str) -> None:
-    """Use "aten" or "sm80" on CUDA devices. No GPU has proven the kernels of "sm80" yet, which is why it is not the default."""
+    """Use "aten", "sm80" or "sm90" on CUDA devices. No GPU has proven the kernels yet, which is why "aten" is the default."""
     global _cuda_plan
     _cuda_plan = _checked_cuda_plan(name)
+    if name != "aten" and hasattr(_C, "set_cuda_kernels"):
+        _C.set_cuda_kernels(name)
 
 
 def _checked_cuda_plan(name: str) -> str:
     if name not in CUDA_PLANS:
-        raise ValueError(f"VGGFAST_CUDA_PLAN: expected {' or '.join(CUDA_PLANS)}, got '{name}'")
+        raise ValueError(f"VGGFAST_CUDA_PLAN: expected {', '.join(CUDA_PLANS[:-1])} or {CUDA_PLANS[-1]}, got '{name}'")
     return name
 
 

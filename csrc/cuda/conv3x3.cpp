@@ -1,14 +1,17 @@
 // The CUDA ops: validate, allocate, plan, launch on torch's current stream. vggfast/ops.py sends only calls that a kernel takes.
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdlib>
 #include <sstream>
 #include <stdexcept>
 
 #include "checks.h"
 #include "cuda/launch.cuh"
-#include "cuda/plan.h"
+#include "cuda/plan_sm90.h"
 #include "cuda/settings.h"
 #include "cuda/sm80/launch.h"
+#include "cuda/sm90/launch.h"
 #include "torch_glue.h"
 
 // Only a CUDA build of torch defines these. Weak, they are null under a CPU build, where no CUDA tensor can reach them.
@@ -88,8 +91,18 @@ MaybeTensor dense_vector(const MaybeTensor& t) {
   return torch::stable::contiguous(*t);
 }
 
+bool named_sm90(const char* kernels) {
+  return kernels != nullptr && std::string(kernels) == "sm90";
+}
+
+// Whether the sm_90 kernels may be chosen.
+std::atomic<bool>& sm90_allowed() {
+  static std::atomic<bool> allowed = named_sm90(std::getenv("VGGFAST_CUDA_PLAN"));
+  return allowed;
+}
+
 Plan plan_or_throw(Pass pass, const Problem& problem, const OnDevice& on) {
-  const Plan plan = choose_plan(pass, problem, on.device());
+  const Plan plan = (sm90_allowed() ? choose_plan_up_to_sm90 : choose_plan)(pass, problem, on.device());
   STD_TORCH_CHECK(plan.kernel != Kernel::aten,
                   "vggfast: expected a convolution that a CUDA kernel takes, got one for aten: ", plan.reason);
   return plan;
@@ -130,7 +143,8 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& weight_any
                                  x.stride(2),
                                  x.stride(3),
                                  x.stride(1)};
-  (first ? sm80::first_layer : sm80::forward)(problem, plan, pointers, on.stream());
+  const auto run = first ? sm80::first_layer : plan.kernel == Kernel::wgmma ? sm90::forward : sm80::forward;
+  run(problem, plan, pointers, on.stream());
   return {y, argmax};
 }
 
@@ -147,8 +161,10 @@ Tensor conv3x3_grad_input(const Tensor& grad_any, const Tensor& weight_any, cons
   const Plan plan = plan_or_throw(Pass::grad_input, problem, on);
   const Tensor grad = dense_nhwc(grad_any), weight = dense_nhwc(weight_any);
   const MaybeTensor y = dense_nhwc(y_any), argmax = aligned_argmax(argmax_any);
-  sm80::grad_input(problem, plan, {grad_output(grad, y, argmax), weight.const_data_ptr(), gx.mutable_data_ptr(), nullptr},
-                   on.stream());
+  const Tensor workspace = empty_of(grad, {plan.workspace_bytes}, ScalarType::Byte);
+  (plan.kernel == Kernel::wgmma ? sm90::grad_input : sm80::grad_input)(
+      problem, plan,
+      {grad_output(grad, y, argmax), weight.const_data_ptr(), gx.mutable_data_ptr(), workspace.mutable_data_ptr()}, on.stream());
   return gx;
 }
 
@@ -166,10 +182,10 @@ std::tuple<Tensor, Tensor> conv3x3_grad_weight(const Tensor& x_any, const Tensor
   const Tensor x = dense_nhwc(x_any), grad = dense_nhwc(grad_any);
   const MaybeTensor y = dense_nhwc(y_any), argmax = aligned_argmax(argmax_any);
   const Tensor workspace = empty_of(x, {plan.workspace_bytes}, ScalarType::Byte);
-  sm80::grad_weight(problem, plan,
-                    {grad_output(grad, y, argmax), x.const_data_ptr(), workspace.mutable_data_ptr(), gw.mutable_data_ptr(),
-                     gb.mutable_data_ptr()},
-                    on.stream());
+  (plan.kernel == Kernel::wgmma ? sm90::grad_weight : sm80::grad_weight)(
+      problem, plan,
+      {grad_output(grad, y, argmax), x.const_data_ptr(), workspace.mutable_data_ptr(), gw.mutable_data_ptr(), gb.mutable_data_ptr()},
+      on.stream());
   return {torch::stable::contiguous(gw), gb}; // the kernel writes [K, 3, 3, C]; parameters are [K, C, 3, 3] in memory
 }
 
@@ -203,8 +219,19 @@ Tensor max_pool2x2_grad(const Tensor& grad_any, const Tensor& argmax_any, int64_
 
 } // namespace
 
+static bool checked_sm90(const std::string& kernels) {
+  if (kernels != "sm80" && kernels != "sm90") {
+    throw std::invalid_argument("kernels: expected sm80 or sm90, got '" + kernels + "'");
+  }
+  return kernels == "sm90";
+}
+
+void set_kernels(const std::string& kernels) {
+  sm90_allowed() = checked_sm90(kernels);
+}
+
 std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, bool pool,
-                          const std::string& dtype, int sm_count, int compute_capability) {
+                          const std::string& dtype, int sm_count, int compute_capability, const std::string& kernels) {
   const DType element = dtype == "float32"    ? DType::tf32
                         : dtype == "bfloat16" ? DType::bf16
                         : dtype == "float16"
@@ -218,7 +245,8 @@ std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_
           ? Pass::max_pool
           : throw std::invalid_argument("pass: expected forward, grad_input, grad_weight or max_pool, got '" + pass + "'");
   std::ostringstream text;
-  text << choose_plan(which, {n, h, w, in, out, element, true, pool}, {sm_count, compute_capability});
+  const auto choose = checked_sm90(kernels) ? choose_plan_up_to_sm90 : choose_plan;
+  text << choose(which, {n, h, w, in, out, element, true, pool}, {sm_count, compute_capability});
   return text.str();
 }
 

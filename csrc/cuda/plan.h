@@ -91,7 +91,8 @@ struct Plan {
   // Kernel::wgmma alone; tiles_m and tiles_n then count boxes of pixels and tiles of channels.
   WideTile wide_tile = WideTile::m256n64;
   PixelBox box{};
-  int64_t blocks = 0; // persistent, at most one an SM
+  int64_t blocks = 0; // launched; forward's and grad_input's are persistent, at most one an SM
+  const char* not_wgmma = nullptr; // why another kernel, where wgmma was allowed
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Plan& plan) {
@@ -107,7 +108,11 @@ inline std::ostream& operator<<(std::ostream& out, const Plan& plan) {
     out << " tile=" << tiles[static_cast<int>(plan.tile)] << " grid=" << plan.tiles_m << "x" << plan.tiles_n << "x" << plan.splits
         << " workspace=" << plan.workspace_bytes;
   }
-  return out << ": " << plan.reason;
+  out << ": " << plan.reason;
+  if (plan.not_wgmma != nullptr) {
+    out << "; not wgmma: " << plan.not_wgmma;
+  }
+  return out;
 }
 
 namespace plan_detail {

@@ -70,6 +70,9 @@ namespace plan_detail {
 /// Why TMA and wgmma cannot take what the sm_80 kernels can, or null.
 inline const char* unsupported_sm90(Pass pass, const Problem& p, const Device& device) {
   constexpr int64_t coordinate_limit = int64_t{1} << 30;
+  if (pass == Pass::max_pool) {
+    return "a pool on its own has nothing to multiply";
+  }
   if (device.compute_capability != 90) {
     return "wgmma exists only on compute capability 9.0";
   }
@@ -206,6 +209,19 @@ inline Plan choose_plan_sm90(Pass pass, const Problem& p, const Device& device) 
     return plan;
   }
   return pass == Pass::grad_weight ? plan_grad_weight_sm90(p, device) : plan_pixels_sm90(pass, p, device);
+}
+
+/// With the sm_90 kernels allowed: theirs wherever they take the problem, elsewhere what choose_plan says.
+inline Plan choose_plan_up_to_sm90(Pass pass, const Problem& p, const Device& device) {
+  const Plan wide = choose_plan_sm90(pass, p, device);
+  if (wide.kernel != Kernel::aten) {
+    return wide;
+  }
+  Plan plan = choose_plan(pass, p, device);
+  if (plan.kernel != Kernel::aten) {
+    plan.not_wgmma = wide.reason;
+  }
+  return plan;
 }
 
 } // namespace vggfast::cuda

@@ -15,7 +15,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from cuda_emulator_harness import CSRC, JOBS, KERNEL_SOURCES
+from cuda_emulator_harness import CSRC, JOBS, KERNEL_SOURCES, WIDE_SOURCES, WIDE_TILES
 
 ARCHITECTURES = ("sm_80", "sm_90")
 FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas", "-Xptxas=-v")
@@ -150,3 +150,71 @@ def test_asm_and_launches_stay_where_they_belong() -> None:
         assert path.parent.name == "ptx" or not re.search(r"\basm\b", text), f"{path}: asm belongs in cuda/ptx"
         assert "<<<" not in text, f"{path}: launch through cuda/launch.cuh"
         assert "emulat" not in text.lower(), f"{path}: kernels do not know how they are tested"
+
+
+# ---- The kernels of sm_90, for sm_90a alone.
+
+# wgmma instructions of one stage: steps of 16 elements, times slabs of 64 rows or taps of a filter row.
+WGMMA_PER_STAGE = {
+    "forward": {"m256n64": 8, "m256n128": 8, "m128n256": 4, "m128n128": 4},
+    "grad_input": {"m256n64": 8, "m256n128": 8, "m128n256": 4, "m128n128": 4},
+    "grad_weight": {"m128n128": 12, "m128n64": 12, "m64n64": 6},
+}
+
+
+@dataclasses.dataclass
+class WideKernel:
+    kernel: Kernel
+    warnings: str
+    opcodes: list[str]
+
+    @property
+    def tile(self) -> str:
+        return WIDE_TILES[int(re.search(r"WideTileE(\d)", self.kernel.mangled)[1])]
+
+
+@pytest.fixture(scope="module")
+def wide_kernels(tmp_path_factory: pytest.TempPathFactory) -> list[WideKernel]:
+    nvcc, cuobjdump = find_tool("nvcc"), find_tool("cuobjdump")
+    if nvcc is None or cuobjdump is None:
+        pytest.skip("no nvcc or no cuobjdump: the machine code of sm_90's kernels was not checked")
+    folder = tmp_path_factory.mktemp("cubin_sm90")
+
+    def compile_source(source: str) -> list[WideKernel]:
+        cubin = folder / f"{source.replace('/', '_')}.cubin"
+        path = CSRC / "cuda" / f"{source}.cu"
+        target = "-gencode=arch=compute_90a,code=sm_90a"
+        command = [nvcc, *FLAGS, "--expt-relaxed-constexpr", target, f"-I{CSRC}", "-cubin", str(path), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+        code = disassemble(cuobjdump, cubin)
+        kernels = []
+        for entry in REPORT.finditer(done.stderr):
+            numbers = [int(entry[name]) for name in ("registers", "stack", "stores", "loads")]
+            kernel = Kernel(re.search(r"sm90\d\d(\w+?)_kernel", entry["mangled"])[1], entry["mangled"], *numbers, cubin)
+            kernels.append(WideKernel(kernel, done.stderr, code[entry["mangled"]]))
+        return kernels
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        return [kernel for kernels in pool.map(compile_source, WIDE_SOURCES) for kernel in kernels]
+
+
+def test_sm90_machine_code(wide_kernels: list[WideKernel]) -> None:
+    """Tensor cores fed by the copy engine, no local memory, registers as the split between the warpgroups plans them."""
+    found = {(wide.kernel.name, wide.tile) for wide in wide_kernels}
+    assert found == {(name, tile) for name, tiles in WGMMA_PER_STAGE.items() for tile in tiles}
+    assert len(wide_kernels) == 2 * len(found)  # bf16 and fp16
+    for wide in wide_kernels:
+        kernel, label = wide.kernel, wide.kernel.mangled
+        # ptxas says so when it has to serialise products, or ignores a register move.
+        assert not re.search(r"C7\d\d\d|serializ|setmaxnreg ignored", wide.warnings), wide.warnings
+        counts = {
+            op: sum(code.split(".")[0] == op for code in wide.opcodes)
+            for op in ("HGMMA", "UTMALDG", "USETMAXREG", "LDL", "STL", "HMMA")
+        }
+        assert counts["HGMMA"] == WGMMA_PER_STAGE[kernel.name][wide.tile], label
+        assert counts["UTMALDG"] > 0, label
+        assert counts["USETMAXREG"] == 2, label
+        assert counts["LDL"] == counts["STL"] == counts["HMMA"] == kernel.stack == 0, label
+        # 384 threads share 64 K registers, in units of 8: what setmaxnreg redistributes.
+        assert kernel.registers == 65536 // 384 // 8 * 8, label
