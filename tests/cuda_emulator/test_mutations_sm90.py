@@ -1,0 +1,269 @@
+"""Bugs put into copies of the sm_90 kernels, one each: small versions of test_sm90's checks must then fail."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import pytest
+from cuda_emulator_harness import (
+    CSRC,
+    KERNEL_FLAGS,
+    Case,
+    Emulator,
+    EmulatorError,
+    build_runtime,
+    compile_object,
+    link,
+)
+from test_sm90 import check_forward as forward_of
+from test_sm90 import check_grad_input as grad_input_of
+from test_sm90 import check_grad_weight as grad_weight_of
+from test_sm90 import test_infinities_at_the_edge_reach_only_the_taps_that_read_them as check_infinities
+
+# One instantiation of each kernel, with what it calls of sm_80.
+SOURCE = """
+#include "cuda/sm80/grad_weight.cuh"
+#include "cuda/sm80/pointwise.cuh"
+#include "cuda/sm90/{kernel}.cuh"
+#include "cuda/sm90/launch.h"
+namespace vggfast::cuda::sm90 {{
+void {kernel}(const Problem& p, const Plan& plan, const {pointers}Pointers& pointers, cudaStream_t stream) {{
+  launch_{kernel}<BFloat16, WideTile::{tile}>(p, plan, pointers, stream);
+}}
+}}
+namespace vggfast::cuda::sm80 {{
+void grad_preact(const Problem& p, const GradPreactPointers& pointers, cudaStream_t stream) {{
+  launch_grad_preact<BFloat16>(p, pointers, stream);
+}}
+void reduce_splits(const Problem& p, int splits, const GradWeightPointers& pointers, cudaStream_t stream) {{
+  launch_reduce_splits<BFloat16>(p, splits, pointers, stream);
+}}
+}}
+"""
+KERNELS = {
+    "forward": ("Forward", "m128n128"),
+    "grad_input": ("GradInput", "m128n128"),
+    "grad_weight": ("GradWeight", "m64n64"),
+}
+
+
+def check_forward(emulator: Emulator) -> None:
+    # Two tiles a block, so that the second finds the ring where the first left it; ragged on every side.
+    forward_of(emulator, Case(2, 9, 10, 72, 136), "m128n128", (8, 4, 4), sms=3)
+
+
+def check_pool(emulator: Emulator) -> None:
+    forward_of(emulator, Case(2, 11, 18, 24, 40, pool=True), "m128n128", (8, 4, 4), sms=2)
+
+
+def check_grad_input(emulator: Emulator) -> None:
+    grad_input_of(emulator, Case(2, 7, 9, 136, 72, pool=True), "m128n128", (4, 8, 4))
+
+
+def check_grad_weight(emulator: Emulator) -> None:
+    # Nine stages a block: the ring goes round.
+    for seed in (1, 2, 3):
+        grad_weight_of(emulator, Case(9, 7, 9, 40, 40), "m64n64", (4, 4, 4), splits=2, seed=seed)
+
+
+GEMM, SHARED, PIPELINE, WEIGHT = "implicit_gemm.cuh", "consumers.cuh", "pipeline.cuh", "grad_weight.cuh"
+MUTATIONS = {
+    "index: taps one column off": ("forward", GEMM, "tap % 3 - 1,", "tap % 3,", check_forward),
+    "index: channel tiles and boxes exchanged": (
+        "forward",
+        GEMM,
+        "index - box * tiles_channels.divisor()",
+        "box - index * tiles_channels.divisor()",
+        check_forward,
+    ),
+    "index: images of a box one too far": ("forward", GEMM, "at.n + image,", "at.n + image + 1,", check_forward),
+    "mask: pixels past the last row": (
+        "forward",
+        GEMM,
+        "p.n < grid.n && p.h < grid.h && p.w < grid.w ? (int64_t{p.n} * grid.h + p.h)",
+        "p.n < grid.n && p.w < grid.w ? (int64_t{p.n} * grid.h + p.h)",
+        check_forward,
+    ),
+    "pool: first pixels of pools": (
+        "forward",
+        GEMM,
+        "row / 4 * 16 + row % 4 * 2",
+        "row / 4 * 16 + row % 4",
+        check_pool,
+    ),
+    "wait: the stage is not waited for": (
+        "forward",
+        SHARED,
+        "    wait_phase(barriers.full[at.stage], at.parity);\n",
+        "",
+        check_forward,
+    ),
+    "parity: never flips": ("forward", PIPELINE, "parity ^= 1u;", "", check_forward),
+    "parity: the producer waits for the wrong phase": (
+        "forward",
+        GEMM,
+        "at.parity ^ 1u);",
+        "at.parity);",
+        check_forward,
+    ),
+    "release: the stage just read, not the one before": (
+        "forward",
+        SHARED,
+        "      release(barriers.empty[before]);\n    }\n    before",
+        "      release(barriers.empty[at.stage]);\n    }\n    before",
+        check_forward,
+    ),
+    "release: before the products are done": (
+        "forward",
+        SHARED,
+        "ptx::wgmma_wait<1>();",
+        "ptx::wgmma_wait<2>();",
+        check_forward,
+    ),
+    "release: the last stage of a tile is kept": (
+        "forward",
+        SHARED,
+        "  ptx::wgmma_wait<0>();\n  release(barriers.empty[before]);",
+        "  ptx::wgmma_wait<0>();",
+        check_forward,
+    ),
+    "products: read before they are done": (
+        "forward",
+        SHARED,
+        "  ptx::wgmma_wait<0>();\n  release",
+        "  release",
+        check_forward,
+    ),
+    "fence: none before the products": ("forward", GEMM, "    ptx::wgmma_fence();\n", "", check_forward),
+    "bytes: fewer than a stage": ("forward", GEMM, "sizeof(Stage));", "sizeof(Stage) - 128);", check_forward),
+    "barriers: one warp too many": (
+        "forward",
+        SHARED,
+        "shared.barriers.init(kConsumerWarps);",
+        "shared.barriers.init(kConsumerWarps + 1);",
+        check_forward,
+    ),
+    "barriers: invisible to the copy engine": (
+        "forward",
+        PIPELINE,
+        "    ptx::fence_barrier_init();\n",
+        "",
+        check_forward,
+    ),
+    "registers: more than there are": (
+        "forward",
+        SHARED,
+        "ptx::setmaxnreg_inc<kConsumerRegisters>",
+        "ptx::setmaxnreg_inc<kConsumerRegisters + 8>",
+        check_forward,
+    ),
+    "descriptor: rows of the next step": (
+        "forward",
+        PIPELINE,
+        "kRowStep = 32 >> 4",
+        "kRowStep = 64 >> 4",
+        check_forward,
+    ),
+    "descriptor: pattern stride": (
+        "forward",
+        PIPELINE,
+        "swizzled_descriptor(tile, 16, kPatternBytes)",
+        "swizzled_descriptor(tile, 16, 2 * kPatternBytes)",
+        check_forward,
+    ),
+    "staging: overwritten while it is stored": (
+        "forward",
+        GEMM,
+        "        group_barrier(); // what",
+        "        // what",
+        check_forward,
+    ),
+    "filters: taps not mirrored": ("grad_input", GEMM, "8 - tap, reduced", "tap, reduced", check_grad_input),
+    "descriptor: blocks of 64 columns": (
+        "grad_input",
+        PIPELINE,
+        "swizzled_descriptor(tile, block_bytes, kPatternBytes)",
+        "swizzled_descriptor(tile, kPatternBytes, block_bytes)",
+        check_grad_input,
+    ),
+    "descriptor: 16 rows a step": (
+        "grad_input",
+        PIPELINE,
+        "kColumnStep = 16 * 128 >> 4",
+        "kColumnStep = 8 * 128 >> 4",
+        check_grad_input,
+    ),
+    "grad_weight: taps of a row exchanged": (
+        "grad_weight",
+        WEIGHT,
+        "pixel.w + tap - 1",
+        "pixel.w + 1 - tap",
+        check_grad_weight,
+    ),
+    "grad_weight: both warpgroups take the same pixels": (
+        "grad_weight",
+        WEIGHT,
+        "kParts == 1 ? 0 : group * (kStageDepth / kParts)",
+        "0 * group",
+        check_grad_weight,
+    ),
+    "grad_weight: whole tensors under every tap": ("grad_weight", WEIGHT, "tap == 0 ? 0 : 1]", "1]", check_infinities),
+    "grad_bias: the stage is released while it is read": (
+        "grad_weight",
+        WEIGHT,
+        "        __syncwarp();",
+        "        //",
+        check_grad_weight,
+    ),
+    "grad_bias: summed before everyone wrote": (
+        "grad_weight",
+        WEIGHT,
+        "    group_barrier();\n    if (thread <",
+        "    if (thread <",
+        check_grad_weight,
+    ),
+}
+CHECKS = sorted({(kernel, check) for kernel, _, _, _, check in MUTATIONS.values()}, key=lambda c: c[1].__name__)
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> list[pathlib.Path]:
+    return build_runtime(tmp_path_factory.mktemp("runtime"))
+
+
+def build_one(csrc: pathlib.Path, folder: pathlib.Path, kernel: str, runtime: list[pathlib.Path]) -> Emulator:
+    pointers, tile = KERNELS[kernel]
+    source = folder / f"{kernel}.cpp"
+    source.write_text(SOURCE.format(kernel=kernel, pointers=pointers, tile=tile))
+    compile_object(source, folder / f"{kernel}.o", csrc, KERNEL_FLAGS)
+    return link([*runtime, folder / f"{kernel}.o"], folder / f"{kernel}.so", only_some_kernels=True)
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory: pytest.TempPathFactory, runtime: list[pathlib.Path]) -> dict[str, Emulator]:
+    folder = tmp_path_factory.mktemp("unchanged")
+    return {kernel: build_one(CSRC, folder, kernel, runtime) for kernel in KERNELS}
+
+
+@pytest.mark.parametrize(("kernel", "check"), CHECKS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_checks_pass_on_the_kernels_as_they_are(
+    unchanged: dict[str, Emulator], kernel: str, check: Callable[[Emulator], None]
+) -> None:
+    check(unchanged[kernel])
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS.keys())
+def test_mutation_is_caught(
+    tmp_path: pathlib.Path, runtime: list[pathlib.Path], mutation: tuple[str, str, str, str, Callable[[Emulator], None]]
+) -> None:
+    kernel, name, old, new, check = mutation
+    shutil.copytree(CSRC / "cuda", tmp_path / "csrc" / "cuda")
+    file = tmp_path / "csrc" / "cuda" / "sm90" / name
+    text = file.read_text()
+    assert text.count(old) == 1, f"{name} has {text.count(old)} of {old!r}, not one"
+    file.write_text(text.replace(old, new))
+    mutant = build_one(tmp_path / "csrc", tmp_path, kernel, runtime)
+    with pytest.raises((EmulatorError, AssertionError)):
+        check(mutant)
