@@ -117,6 +117,9 @@ def explain(
             help="The plan of a GPU of this compute capability and number of SMs, as 8.0,108. No GPU is needed."
         ),
     ] = None,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Predict each layer's time on a Hopper GPU from bytes and operations.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show which kernel each layer of MODEL takes, and why not a faster one."""
@@ -132,12 +135,31 @@ def explain(
     )
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.zeros(batch, in_channels, size, size, device=place, dtype=DTYPES[dtype]).to(memory_format=layout)
+    if roofline:
+        gpu = gpu or "9.0,132"
+        switches.set_cuda_plan("sm90")
     try:
         explanation = vggfast.explain(network, x, gpu=gpu)
     except ValueError as error:  # gpu is not of its form
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+    if roofline:
+        _print_roofline(explanation, as_json)
+        return
     typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
+
+
+def _print_roofline(explanation: vggfast.Explanation, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from vggfast.roofline import Ceilings, predict, table
+
+    ceilings = Ceilings(sms=explanation.gpu.sm_count) if explanation.gpu else Ceilings()
+    predictions = predict(explanation, ceilings)
+    rows = [asdict(p) | {"us": p.us, "bound": p.bound} for p in predictions]
+    typer.echo(
+        json.dumps({"ceilings": asdict(ceilings), "rows": rows}, indent=2) if as_json else table(predictions, ceilings)
+    )
 
 
 @app.command()
