@@ -134,11 +134,13 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& weight_any
   const bool first = plan.kernel == Kernel::first_layer; // reads any strides
   const Tensor x = first ? x_any : dense_nhwc(x_any), weight = dense_nhwc(weight_any);
   const MaybeTensor bias = dense_vector(bias_any);
+  const Tensor workspace = empty_of(x, {plan.workspace_bytes}, ScalarType::Byte);
   const ForwardPointers pointers{x.const_data_ptr(),
                                  weight.const_data_ptr(),
                                  bias ? bias->const_data_ptr() : nullptr,
                                  y.mutable_data_ptr(),
                                  bytes_or_null(argmax),
+                                 workspace.mutable_data_ptr(),
                                  x.stride(0),
                                  x.stride(2),
                                  x.stride(3),
@@ -163,8 +165,8 @@ Tensor conv3x3_grad_input(const Tensor& grad_any, const Tensor& weight_any, cons
   const MaybeTensor y = dense_nhwc(y_any), argmax = aligned_argmax(argmax_any);
   const Tensor workspace = empty_of(grad, {plan.workspace_bytes}, ScalarType::Byte);
   (plan.kernel == Kernel::wgmma ? sm90::grad_input : sm80::grad_input)(
-      problem, plan,
-      {grad_output(grad, y, argmax), weight.const_data_ptr(), gx.mutable_data_ptr(), workspace.mutable_data_ptr()}, on.stream());
+      problem, plan, {grad_output(grad, y, argmax), weight.const_data_ptr(), gx.mutable_data_ptr(), workspace.mutable_data_ptr()},
+      on.stream());
   return gx;
 }
 
@@ -182,10 +184,11 @@ std::tuple<Tensor, Tensor> conv3x3_grad_weight(const Tensor& x_any, const Tensor
   const Tensor x = dense_nhwc(x_any), grad = dense_nhwc(grad_any);
   const MaybeTensor y = dense_nhwc(y_any), argmax = aligned_argmax(argmax_any);
   const Tensor workspace = empty_of(x, {plan.workspace_bytes}, ScalarType::Byte);
-  (plan.kernel == Kernel::wgmma ? sm90::grad_weight : sm80::grad_weight)(
-      problem, plan,
-      {grad_output(grad, y, argmax), x.const_data_ptr(), workspace.mutable_data_ptr(), gw.mutable_data_ptr(), gb.mutable_data_ptr()},
-      on.stream());
+  (plan.kernel == Kernel::wgmma ? sm90::grad_weight
+                                : sm80::grad_weight)(problem, plan,
+                                                     {grad_output(grad, y, argmax), x.const_data_ptr(),
+                                                      workspace.mutable_data_ptr(), gw.mutable_data_ptr(), gb.mutable_data_ptr()},
+                                                     on.stream());
   return {torch::stable::contiguous(gw), gb}; // the kernel writes [K, 3, 3, C]; parameters are [K, C, 3, 3] in memory
 }
 

@@ -91,7 +91,7 @@ struct Plan {
   // Kernel::wgmma alone; tiles_m and tiles_n then count boxes of pixels and tiles of channels.
   WideTile wide_tile = WideTile::m256n64;
   PixelBox box{};
-  int64_t blocks = 0; // launched; forward's and grad_input's are persistent, at most one an SM
+  int64_t blocks = 0;              // launched; forward's and grad_input's are persistent, at most one an SM
   const char* not_wgmma = nullptr; // why another kernel, where wgmma was allowed
 };
 

@@ -133,11 +133,29 @@ inline int64_t grad_preact_bytes(const Problem& p) {
   return p.relu || p.pool ? p.n * p.h * p.w * p.k * element_bytes(p.dtype) : 0;
 }
 
+/// Stages of one tile's reduction: nine taps of every 64 channels.
+inline int pixel_stages(Pass pass, const Problem& p) {
+  return static_cast<int>(9 * ceil_div(pass == Pass::forward ? p.c : p.k, kStageDepth));
+}
+
+/// Of the sums that splits of forward and grad_input leave to their second pass.
+inline int64_t partial_bytes(const Plan& plan) {
+  const WideTileShape shape = pixel_tile_shape(plan.wide_tile);
+  const int64_t tile = int64_t{shape.block_m} * shape.block_n * int64_t{sizeof(float)};
+  return plan.splits > 1 ? plan.tiles_m * plan.tiles_n * plan.splits * tile : 0;
+}
+
+// Of the modelled times: bytes a clock and SM from L2, which bound every tile here; clocks a byte of partial sums, written and
+// read at 4 TB/s; clocks of a second launch, about 2 us.
+inline constexpr double kL2BytesPerClock = 32, kClocksPerPartialByte = 2.0 / 2300, kSecondPassClocks = 3500;
+
 /// Forward and grad_input.
 inline Plan plan_pixels_sm90(Pass pass, const Problem& p, const Device& device) {
+  constexpr int max_splits = 18; // at least 4 stages each in VGG
   const bool pools = pass == Pass::forward && p.pool;
   const int64_t h = pools ? p.h / 2 * 2 : p.h, w = pools ? p.w / 2 * 2 : p.w;
   const int64_t columns = pass == Pass::forward ? p.k : p.c;
+  const int stages = pixel_stages(pass, p);
   Plan plan;
   double least = std::numeric_limits<double>::infinity();
   for (const auto tile : {WideTile::m256n64, WideTile::m128n256, WideTile::m256n128, WideTile::m128n128}) {
@@ -146,23 +164,29 @@ inline Plan plan_pixels_sm90(Pass pass, const Problem& p, const Device& device) 
       continue;
     }
     const PixelBox box = best_box(shape.block_m, p.n, h, w, pools);
-    const int64_t boxes = box_count(box, p.n, h, w), tiles_n = ceil_div(columns, shape.block_n);
-    // What comes from L2 bounds the rate of every tile here, so a tile's time is its traffic.
-    const double time = double(ceil_div(boxes * tiles_n, device.sm_count)) * (shape.block_m + shape.block_n);
-    if (time < least) {
-      least = time;
-      plan = {Kernel::wgmma, TileId{}, boxes, tiles_n, 1, 0, pixel_tile_reason(tile), tile, box};
+    const int64_t tiles_m = box_count(box, p.n, h, w), tiles_n = ceil_div(columns, shape.block_n);
+    for (int wanted = 1; wanted <= std::min(max_splits, stages); ++wanted) {
+      const int per_split = static_cast<int>(ceil_div(stages, wanted)), splits = static_cast<int>(ceil_div(stages, per_split));
+      Plan candidate{Kernel::wgmma, TileId{}, tiles_m, tiles_n, splits, 0, "", tile, box};
+      const int64_t items = tiles_m * tiles_n * splits, partials = partial_bytes(candidate);
+      const double stage_clocks = 128.0 * (shape.block_m + shape.block_n) / kL2BytesPerClock;
+      double time = double(ceil_div(items, device.sm_count) * per_split) * stage_clocks;
+      time += splits > 1 ? double(partials) * kClocksPerPartialByte + kSecondPassClocks : 0;
+      if (time < least) {
+        least = time;
+        candidate.blocks = std::min<int64_t>(items, device.sm_count);
+        candidate.workspace_bytes = partials + (pass == Pass::grad_input ? grad_preact_bytes(p) : 0);
+        candidate.reason =
+            splits > 1 ? "few tiles: the reduction is split over the SMs that they leave idle" : pixel_tile_reason(tile);
+        plan = candidate;
+      }
     }
   }
-  plan.blocks = std::min<int64_t>(plan.tiles_m * plan.tiles_n, device.sm_count);
-  plan.workspace_bytes = pass == Pass::grad_input ? grad_preact_bytes(p) : 0;
   return plan;
 }
 
 inline Plan plan_grad_weight_sm90(const Problem& p, const Device& device) {
   constexpr int64_t partials_limit = int64_t{64} << 20;
-  // Clocks: of a stage at 32 bytes a clock and SM from L2; of a byte of partial results, written and read at 4 TB/s.
-  constexpr double l2_bytes_per_clock = 32, partial_clocks_per_byte = 2.0 / 2300;
   const WideTile tile = p.k <= 64 ? WideTile::m64n64 : p.c <= 64 ? WideTile::m128n64 : WideTile::m128n128;
   const WideTileShape shape = weight_tile_shape(tile);
   Plan plan;
@@ -173,7 +197,7 @@ inline Plan plan_grad_weight_sm90(const Problem& p, const Device& device) {
   plan.tiles_n = kRowTaps * ceil_div(p.c, shape.block_n); // filter rows x tiles of input channels
   const int64_t stages = box_count(plan.box, p.n, p.h, p.w);
   const int64_t bytes_per_part = (9 * p.c * p.k + p.k) * int64_t{sizeof(float)};
-  const double stage_clocks = 128.0 * (shape.block_m + kRowTaps * shape.block_n) / l2_bytes_per_clock;
+  const double stage_clocks = 128.0 * (shape.block_m + kRowTaps * shape.block_n) / kL2BytesPerClock;
   double least = std::numeric_limits<double>::infinity();
   for (int64_t wanted = 1; wanted <= std::min<int64_t>(stages, device.sm_count); ++wanted) {
     const int64_t per_split = ceil_div(stages, wanted), splits = ceil_div(stages, per_split);
@@ -182,7 +206,7 @@ inline Plan plan_grad_weight_sm90(const Problem& p, const Device& device) {
       break;
     }
     const double time = double(ceil_div(items, device.sm_count) * per_split) * stage_clocks +
-                        double(parts * bytes_per_part) * partial_clocks_per_byte;
+                        double(parts * bytes_per_part) * kClocksPerPartialByte;
     if (time < least) {
       least = time;
       plan.splits = static_cast<int>(parts);

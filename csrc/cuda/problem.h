@@ -35,6 +35,7 @@ struct ForwardPointers {
   const void* bias; // [K] or null
   void* y;
   uint8_t* argmax; // null where no gradient will be asked for; only read when pool is set
+  void* workspace; // Plan::workspace_bytes, 16-byte aligned; null where that is 0
   // Strides of x in elements; only the first-layer kernel reads other than dense NHWC.
   int64_t stride_n, stride_h, stride_w, stride_c;
 };

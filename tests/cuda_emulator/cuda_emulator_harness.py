@@ -21,7 +21,7 @@ RUNTIME_SOURCES = (
     CSRC / "cuda" / "launch.cpp",
 )
 KERNEL_SOURCES = tuple(f"sm80/{name}" for name in ("forward", "first_layer", "grad_input", "grad_weight", "pointwise"))
-WIDE_SOURCES = ("sm90/forward", "sm90/grad_input", "sm90/grad_weight")
+WIDE_SOURCES = ("sm90/forward", "sm90/grad_input", "sm90/grad_weight", "sm90/finish_splits")
 RUNTIME_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
 # The sanitizers only for their calls around every access: the emulator defines them (hooks.cpp) and links no runtime.
 KERNEL_FLAGS = (
@@ -80,7 +80,7 @@ def pointers(*names: str, integers: tuple[str, ...] = ()) -> type[ctypes.Structu
 
 
 STRIDES = ("stride_n", "stride_h", "stride_w", "stride_c")
-ForwardPointers = pointers("x", "weight", "bias", "y", "argmax", integers=STRIDES)
+ForwardPointers = pointers("x", "weight", "bias", "y", "argmax", "workspace", integers=STRIDES)
 GradInputPointers = pointers("grad", "y", "argmax", "weight", "grad_input", "workspace")
 GradWeightPointers = pointers("grad", "y", "argmax", "x", "workspace", "grad_weight", "grad_bias")
 PoolPointers = pointers("x", "y", "argmax")
@@ -197,16 +197,20 @@ class Emulator:
         rows, columns = (int(part) for part in tile[1:].split("n"))
         pooled = step == "forward" and case.pool
         h, w = (case.h // 2 * 2, case.w // 2 * 2) if pooled else (case.h, case.w)
+        preact = case.n * case.h * case.w * case.k * case.dtype.itemsize if case.relu or case.pool else 0
         boxes = -(-w // box[0]) * -(-h // box[1]) * -(-case.n // box[2])
         if step != "grad_weight":
             plan.tiles_m, plan.tiles_n = boxes, -(-(case.k if step == "forward" else case.c) // columns)
-            plan.blocks = min(sms, plan.tiles_m * plan.tiles_n)
+            stages = 9 * -(-(case.c if step == "forward" else case.k) // 64)
+            plan.splits = -(-stages // -(-stages // splits))
+            plan.blocks = min(sms, plan.tiles_m * plan.tiles_n * plan.splits)
+            partials = plan.tiles_m * plan.tiles_n * plan.splits * rows * columns * 4 if plan.splits > 1 else 0
+            plan.workspace_bytes = partials + (preact if step == "grad_input" else 0)
             return plan
         plan.tiles_m, plan.tiles_n = -(-case.k // rows), 3 * -(-case.c // columns)
         splits = -(-boxes // -(-boxes // min(splits, boxes)))  # none is empty
         plan.blocks = plan.tiles_m * plan.tiles_n * splits
         plan.splits = splits * (2 if rows == 64 else 1)
-        preact = case.n * case.h * case.w * case.k * case.dtype.itemsize if case.relu or case.pool else 0
         plan.workspace_bytes = plan.splits * (9 * case.c + 1) * case.k * 4 + preact
         return plan
 
@@ -292,7 +296,9 @@ class Emulator:
         codes = None
         if case.pool and argmax:
             codes = self.allocate(torch.Size(case.argmax_shape).numel(), torch.uint8)
-        arguments = ForwardPointers(self.upload(storage), self.upload(weight), self.upload(bias), y, codes, *x.stride())
+        workspace = self.allocate(plan.workspace_bytes, torch.uint8) if plan.workspace_bytes else None
+        inputs = self.upload(storage), self.upload(weight), self.upload(bias)
+        arguments = ForwardPointers(*inputs, y, codes, workspace, *x.stride())
         self.call("emu_forward", case.problem, plan, arguments)
         result = self.download(y, case.output_shape, case.dtype)
         return result, None if codes is None else self.download(codes, case.argmax_shape, torch.uint8)

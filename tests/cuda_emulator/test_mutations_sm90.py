@@ -26,6 +26,7 @@ from test_sm90 import test_infinities_at_the_edge_reach_only_the_taps_that_read_
 SOURCE = """
 #include "cuda/sm80/grad_weight.cuh"
 #include "cuda/sm80/pointwise.cuh"
+#include "cuda/sm90/finish_splits.cu"
 #include "cuda/sm90/{kernel}.cuh"
 #include "cuda/sm90/launch.h"
 namespace vggfast::cuda::sm90 {{

@@ -50,11 +50,13 @@ def boxes(tile: str, case: Case, pools: bool) -> list[Box]:
     return [(8, 2, rows // 16), (8, rows // 8, 1)] if pools else [(4, 4, rows // 16), (16, 2, rows // 32)]
 
 
-def check_forward(emulator: Emulator, case: Case, tile: str, box: Box, *, sms: int = 2, seed: int = 1) -> None:
+def check_forward(
+    emulator: Emulator, case: Case, tile: str, box: Box, *, splits: int = 1, sms: int = 2, seed: int = 1
+) -> None:
     x, weight, bias = make_inputs(case)
 
     def run(case: Case, box: Box) -> tuple[torch.Tensor, torch.Tensor | None]:
-        plan = emulator.wide_plan_like("forward", case, tile, box, sms=sms)
+        plan = emulator.wide_plan_like("forward", case, tile, box, splits=splits, sms=sms)
         return emulator.forward(case, x, weight, bias, plan=plan, seed=seed)
 
     y, argmax = run(case, box)
@@ -67,10 +69,12 @@ def check_forward(emulator: Emulator, case: Case, tile: str, box: Box, *, sms: i
         assert torch.equal(argmax, pack_argmax(position))
 
 
-def check_grad_input(emulator: Emulator, case: Case, tile: str, box: Box, *, sms: int = 2, seed: int = 1) -> None:
+def check_grad_input(
+    emulator: Emulator, case: Case, tile: str, box: Box, *, splits: int = 1, sms: int = 2, seed: int = 1
+) -> None:
     x, weight, _ = make_inputs(case)
     saved = make_saved(case)
-    plan = emulator.wide_plan_like("grad_input", case, tile, box, sms=sms)
+    plan = emulator.wide_plan_like("grad_input", case, tile, box, splits=splits, sms=sms)
     ours = emulator.grad_input(case, saved, weight, plan=plan, seed=seed)
     grad = grad_preact(case, saved)
     exact = convolution_gradients(grad, x, weight, torch.float64)[0]
@@ -94,7 +98,8 @@ def check_grad_weight(emulator: Emulator, case: Case, tile: str, box: Box, *, sp
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_forward(emulator: Emulator, case: Case, tile: str, dtype: torch.dtype) -> None:
     case = dataclasses.replace(case, dtype=dtype)
-    check_forward(emulator, case, tile, boxes(tile, case, case.pool)[dtype == torch.float16])
+    splits = 1 + case.h % 3  # 4 and 5 rows: two and three
+    check_forward(emulator, case, tile, boxes(tile, case, case.pool)[dtype == torch.float16], splits=splits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -102,7 +107,8 @@ def test_forward(emulator: Emulator, case: Case, tile: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_grad_input(emulator: Emulator, case: Case, tile: str, dtype: torch.dtype) -> None:
     case = dataclasses.replace(case, dtype=dtype, c=case.k, k=case.c)
-    check_grad_input(emulator, case, tile, boxes(tile, case, False)[dtype == torch.float16])
+    splits = 1 + case.h % 3
+    check_grad_input(emulator, case, tile, boxes(tile, case, False)[dtype == torch.float16], splits=splits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -138,16 +144,17 @@ def reduced(step: str, c: int, k: int, size: int, pool: bool, batch: int, tile: 
     return Case(n, h, w, c, k, pool=pool)
 
 
-def vgg_plans(emulator: Emulator, step: str) -> dict[tuple[str, Box, bool], Case]:
-    """Of each tile and box, pooled or not, the first layer that gets it and fills it, else the first."""
-    plans: dict[tuple[str, Box, bool], Case] = {}
+def vgg_plans(emulator: Emulator, step: str) -> dict[tuple[str, Box, bool, int], Case]:
+    """Of each tile, box and number of splits (up to three), pooled or not, the largest batch of the first layer that gets it."""
+    plans: dict[tuple[str, Box, bool, int], Case] = {}
     for c, k, size, pool in LAYERS:
         for batch in sorted(BATCHES, reverse=True):
             plan = emulator.wide_plan(step, Case(batch, size, size, c, k, pool=pool), sms=132)
             assert KERNELS[plan.kernel] == "wgmma", plan.reason
             tile, box = WIDE_TILES[plan.wide_tile], (plan.box_w, plan.box_h, plan.box_n)
             # Backward, pools only matter to the kernel that materialises the gradient before them.
-            plans.setdefault((tile, box, pool and step == "forward"), reduced(step, c, k, size, pool, batch, tile, box))
+            key = (tile, box, pool and step == "forward", min(plan.splits, 3))
+            plans.setdefault(key, reduced(step, c, k, size, pool, batch, tile, box))
     return plans
 
 
@@ -156,9 +163,9 @@ def test_every_plan_of_vgg(emulator: Emulator, step: str) -> None:
     check = {"forward": check_forward, "grad_input": check_grad_input, "grad_weight": check_grad_weight}[step]
     plans = vgg_plans(emulator, step)
     assert len(plans) > 6
-    for (tile, box, _), case in plans.items():
+    for (tile, box, _, splits), case in plans.items():
         try:
-            check(emulator, case, tile, box)
+            check(emulator, case, tile, box, splits=splits)
         except Exception as error:
             raise AssertionError(f"{step}, {tile}, box {box}, {name(case)}: {error}") from error
 

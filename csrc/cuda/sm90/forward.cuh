@@ -1,7 +1,7 @@
 // y = maxpool2x2?(relu?(conv3x3(x, weight) + bias)) with TMA and wgmma.
 #pragma once
 
-#include "cuda/sm90/implicit_gemm.cuh"
+#include "cuda/sm90/launch_splits.cuh"
 
 namespace vggfast::cuda::sm90 {
 
@@ -17,9 +17,10 @@ void launch_forward(const Problem& p, const Plan& plan, const ForwardPointers& p
                           make_filter_map(p.dtype, pointers.weight, p.k, p.c, Gemm::kN),
                           {pointers.bias, pointers.y, pointers.argmax, static_cast<int>(p.k), p.relu, p.pool},
                           make_tile_grid(plan, p.n, p.pool ? p.h / 2 * 2 : p.h, p.pool ? p.w / 2 * 2 : p.w),
-                          static_cast<int>((p.c + kSwizzleRow - 1) / kSwizzleRow)};
-  const LaunchShape shape{plan.blocks, kThreads, int{sizeof(typename Gemm::Shared)}};
-  launch_kernel("sm90 forward", forward_kernel<Element, kTile>, shape, stream, params);
+                          plan_detail::pixel_stages(Pass::forward, p),
+                          plan.splits,
+                          static_cast<float*>(pointers.workspace)};
+  launch_with_splits<Gemm>("sm90 forward", forward_kernel<Element, kTile>, p.dtype, plan, params, stream);
 }
 
 } // namespace vggfast::cuda::sm90

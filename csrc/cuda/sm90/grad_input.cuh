@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/sm90/grad_preact.h"
-#include "cuda/sm90/implicit_gemm.cuh"
+#include "cuda/sm90/launch_splits.cuh"
 
 namespace vggfast::cuda::sm90 {
 
@@ -15,14 +15,18 @@ __global__ void __launch_bounds__(kThreads, 1) grad_input_kernel(const __grid_co
 template <class Element, WideTile kTile>
 void launch_grad_input(const Problem& p, const Plan& plan, const GradInputPointers& pointers, cudaStream_t stream) {
   using Gemm = WideGemm<Element, kTile, Filters::columns>;
-  const void* grad = materialise_grad_preact(p, pointers.output, pointers.workspace, stream);
+  // The workspace: the splits' partial sums, then the gradient before ReLU and pool.
+  auto* partials = static_cast<float*>(pointers.workspace);
+  void* preact = partials + plan_detail::partial_bytes(plan) / int64_t{sizeof(float)};
+  const void* grad = materialise_grad_preact(p, pointers.output, preact, stream);
   const GemmParams params{make_image_map("the gradient", p.dtype, grad, p.n, p.h, p.w, p.k, plan.box, p.h, p.w),
                           make_filter_map(p.dtype, pointers.weight, p.k, p.c, kSwizzleRow),
                           {nullptr, pointers.grad_input, nullptr, static_cast<int>(p.c), false, false},
                           make_tile_grid(plan, p.n, p.h, p.w),
-                          static_cast<int>((p.k + kSwizzleRow - 1) / kSwizzleRow)};
-  const LaunchShape shape{plan.blocks, kThreads, int{sizeof(typename Gemm::Shared)}};
-  launch_kernel("sm90 grad_input", grad_input_kernel<Element, kTile>, shape, stream, params);
+                          plan_detail::pixel_stages(Pass::grad_input, p),
+                          plan.splits,
+                          partials};
+  launch_with_splits<Gemm>("sm90 grad_input", grad_input_kernel<Element, kTile>, p.dtype, plan, params, stream);
 }
 
 } // namespace vggfast::cuda::sm90

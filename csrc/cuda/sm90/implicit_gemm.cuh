@@ -75,8 +75,13 @@ struct GemmParams {
   CUtensorMap filters; // [K, 9, C]
   Epilogue epilogue;
   TileGrid grid;
-  int blocks; // of 64 channels in the reduction
+  int stages;      // of the reduction: nine taps of every 64 channels
+  int splits;      // of the stages; with more than one, sums go to `partials` and a second pass has the epilogue
+  float* partials; // [tiles][splits][slabs of 64x64][kSlabVectors float4], each thread's accumulators together
 };
+
+/// 16-byte vectors of a slab's accumulators.
+inline constexpr int kSlabVectors = 64 * 64 / 4;
 
 /// The epilogue's tile: 64 rows of a warpgroup, 64 columns.
 template <class ElementType>
@@ -148,25 +153,39 @@ struct WideGemm {
     ptx::wgmma_commit();
   }
 
-  /// One thread: all boxes of all tiles of this block.
+  /// One split of one tile.
+  struct Work {
+    TileGrid::Tile tile;
+    int first_stage, stages;
+
+    __device__ Work(const GemmParams& params, int index) {
+      const int number = index / params.splits, split = index - number * params.splits;
+      tile = params.grid.tile(number);
+      const int per_split = (params.stages + params.splits - 1) / params.splits;
+      first_stage = split * per_split;
+      stages = min(per_split, params.stages - first_stage);
+    }
+  };
+
+  /// One thread: all boxes of all the work of this block.
   static __device__ void produce(Shared& shared, const GemmParams& params) {
     ptx::prefetch_tensormap(&params.source);
     ptx::prefetch_tensormap(&params.filters);
     StageCursor<kStages> at;
-    for (int index = blockIdx.x; index < params.grid.tiles; index += gridDim.x) {
-      const TileGrid::Tile tile = params.grid.tile(index);
-      for (int block = 0; block < params.blocks; ++block) {
-        for (int tap = 0; tap < 9; ++tap) {
-          // A fresh barrier counts as past its odd phase: the first round does not wait.
-          wait_phase(shared.barriers.empty[at.stage], at.parity ^ 1u);
-          ptx::Mbarrier* full = &shared.barriers.full[at.stage];
-          ptx::mbarrier_arrive_expect_tx(full, sizeof(Stage));
-          Stage& stage = shared.stages[at.stage];
-          ptx::tma_load_4d(stage.pixels, &params.source, full, block * kSwizzleRow, tile.pixel.w + tap % 3 - 1,
-                           tile.pixel.h + tap / 3 - 1, tile.pixel.n);
-          load_filters(stage, params, full, tile.channel_tile * kN, block * kSwizzleRow, tap);
-          at.next();
-        }
+    for (int index = blockIdx.x; index < params.grid.tiles * params.splits; index += gridDim.x) {
+      const Work work(params, index);
+      const BoxWalk::Pixel pixel = work.tile.pixel;
+      for (int i = 0; i < work.stages; ++i) {
+        const int block = (work.first_stage + i) / 9, tap = work.first_stage + i - block * 9;
+        // A fresh barrier counts as past its odd phase: the first round does not wait.
+        wait_phase(shared.barriers.empty[at.stage], at.parity ^ 1u);
+        ptx::Mbarrier* full = &shared.barriers.full[at.stage];
+        ptx::mbarrier_arrive_expect_tx(full, sizeof(Stage));
+        Stage& stage = shared.stages[at.stage];
+        ptx::tma_load_4d(stage.pixels, &params.source, full, block * kSwizzleRow, pixel.w + tap % 3 - 1, pixel.h + tap / 3 - 1,
+                         pixel.n);
+        load_filters(stage, params, full, work.tile.channel_tile * kN, block * kSwizzleRow, tap);
+        at.next();
       }
     }
   }
@@ -187,11 +206,30 @@ struct WideGemm {
   static __device__ void consume(Shared& shared, const GemmParams& params) {
     const int group = threadIdx.x / kGroupThreads;
     StageCursor<kStages> at;
-    for (int index = blockIdx.x; index < params.grid.tiles; index += gridDim.x) {
+    for (int index = blockIdx.x; index < params.grid.tiles * params.splits; index += gridDim.x) {
       Sums sums;
-      consume_stages(shared.barriers, at, 9 * params.blocks,
+      const Work work(params, index);
+      consume_stages(shared.barriers, at, work.stages,
                      [&](int stage, bool accumulate) { multiply_stage(sums, shared.stages[stage], accumulate); });
-      store(sums, shared.staging[group], params, params.grid.tile(index), group);
+      if (params.splits > 1) {
+        store_partials(sums, params, index, group);
+      } else {
+        store(sums, shared.staging[group], params, work.tile, group);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void store_partials(const Sums& sums, const GemmParams& params, int index, int group) {
+    constexpr int slabs = kConsumers * kSlabs * (kN / 64);
+    auto* to = reinterpret_cast<float4*>(params.partials) + (int64_t{index} * slabs + group * (slabs / kConsumers)) * kSlabVectors +
+               threadIdx.x % kGroupThreads;
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+      for (int j = 0; j < kN / 8; ++j) {
+        const float(&v)[4] = sums.values[slab][j];
+        to[(slab * (kN / 8) + j) * kGroupThreads] = make_float4(v[0], v[1], v[2], v[3]);
+      }
     }
   }
 

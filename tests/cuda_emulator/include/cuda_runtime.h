@@ -38,6 +38,10 @@ inline float2 make_float2(float x, float y) {
   return {x, y};
 }
 
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
+
 /// threadIdx.x and its like: objects without memory that ask the emulator.
 template <dim3 (*kGet)(), unsigned dim3::*kMember>
 struct BuiltinCoordinate {
