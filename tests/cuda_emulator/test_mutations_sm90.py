@@ -55,6 +55,10 @@ def check_forward(emulator: Emulator) -> None:
     forward_of(emulator, Case(2, 9, 10, 72, 136), "m128n128", (8, 4, 4), sms=3)
 
 
+def check_splits(emulator: Emulator) -> None:
+    forward_of(emulator, Case(1, 9, 10, 72, 136), "m128n128", (8, 4, 4), splits=4)
+
+
 def check_pool(emulator: Emulator) -> None:
     forward_of(emulator, Case(2, 11, 18, 24, 40, pool=True), "m128n128", (8, 4, 4), sms=2)
 
@@ -180,6 +184,27 @@ MUTATIONS = {
         "        group_barrier(); // what",
         "        // what",
         check_forward,
+    ),
+    "splits: overlap": (
+        "forward",
+        GEMM,
+        "first_stage = split * per_split;",
+        "first_stage = split * (per_split - 1);",
+        check_splits,
+    ),
+    "splits: slabs of the warpgroups exchanged": (
+        "forward",
+        GEMM,
+        "group * (slabs / kConsumers)",
+        "(1 - group) * (slabs / kConsumers)",
+        check_splits,
+    ),
+    "splits: the second pass skips one": (
+        "forward",
+        "finish_splits.cuh",
+        "int split = 0;",
+        "int split = 1;",
+        check_splits,
     ),
     "filters: taps not mirrored": ("grad_input", GEMM, "8 - tap, reduced", "tap, reduced", check_grad_input),
     "descriptor: blocks of 64 columns": (
