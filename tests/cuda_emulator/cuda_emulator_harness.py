@@ -17,7 +17,7 @@ import torch
 HERE = pathlib.Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 RUNTIME_SOURCES = (
-    *(HERE / f"{name}.cpp" for name in ("memory", "machine", "warp", "async", "wgmma", "hooks", "device")),
+    *(HERE / f"{name}.cpp" for name in ("memory", "machine", "barriers", "warp", "async", "wgmma", "hooks", "device")),
     CSRC / "cuda" / "launch.cpp",
 )
 KERNEL_SOURCES = tuple(f"sm80/{name}" for name in ("forward", "first_layer", "grad_input", "grad_weight", "pointwise"))
