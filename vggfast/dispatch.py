@@ -111,9 +111,10 @@ def _why_not_operands(x: Tensor, weight: Tensor, bias: Tensor | None, pool: bool
 
 
 def _why_not_pooled(x: Tensor) -> str:
-    if torch.is_autocast_enabled(x.device.type) and x.dtype not in _DTYPES:
+    reason = _why_not_image(x, pool=True)
+    if not reason and x.dtype not in _DTYPES:  # autocast would cast it for a convolution, not for a pool
         return f"no fused kernel for {x.dtype}"
-    return _why_not_image(x, pool=True)
+    return reason
 
 
 def _why_not_image(x: Tensor, pool: bool) -> str:
@@ -129,16 +130,19 @@ def _why_not_image(x: Tensor, pool: bool) -> str:
         return "x is empty"
     if pool and (x.shape[2] < 2 or x.shape[3] < 2):
         return f"x {list(x.shape)} is too small to pool"
-    if torch.compiler.is_compiling():
-        return ""
-    if type(x) not in _PLAIN:
+    if not torch.compiler.is_compiling() and type(x) not in _PLAIN:
         return f"x is a {type(x).__name__}, whose own rules apply"
-    return _why_not_transforms()
+    return why_not_transforms()
 
 
-def _why_not_transforms() -> str:
+def why_not_transforms() -> str:
+    """Why nothing is fused under the torch.func transforms that are active now; empty if something may be."""
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
+    if torch.compiler.is_compiling():
+        # Dynamo sees that there is a transform, not which; without one it sees an object that holds None.
+        transform = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+        return "a torch.func transform is compiled" if transform else ""
     if inside_functorch():
         stack = torch._C._functorch.get_interpreter_stack() or []
         if any(level.key() != torch._C._functorch.TransformType.Grad for level in stack):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from vggfast import ops
+from vggfast import dispatch, ops
 
 __all__ = ["FusedSequential", "convert"]
 
@@ -278,7 +278,7 @@ def _context_obstacle() -> str:
         return "a torch.nn class was patched"
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode is active: it sees torch's own operators"
-    return ops.why_not_transforms()
+    return dispatch.why_not_transforms()
 
 
 def _hooked_globally() -> bool:
