@@ -89,7 +89,7 @@ def compile_flags(nvcc: Path | None) -> list[str]:
     cuda = ["-DVGGFAST_CUDA", "-DUSE_CUDA", f"-isystem {toolkit(nvcc) / 'include'}"] if nvcc else []
     return [
         *["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-unknown-pragmas"],
-        "-Wno-maybe-uninitialized",  # gcc 12 gives it for its own AVX-512 header
+        *["-Wno-maybe-uninitialized", "-Wno-uninitialized"],  # gcc 12 gives them for its own AVX-512 header
         *os.environ.get("CXXFLAGS", "").split(),
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         f'-DVGGFAST_VERSION=\\"{VERSION}\\"',
