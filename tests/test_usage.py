@@ -9,9 +9,11 @@ import copy
 import os
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
@@ -149,8 +151,6 @@ def test_hogwild_threads_of_autograd() -> None:
     results = []
     for network in (fused, plain):
         y = [network(image(seed)).square().sum() for seed in range(4)]
-        from concurrent.futures import ThreadPoolExecutor
-
         with ThreadPoolExecutor(4) as pool:
             results.append(list(pool.map(lambda loss, n=network: torch.autograd.grad(loss, n[0].weight)[0], y)))
     assert_same(*results)
@@ -212,7 +212,7 @@ def test_one_weight_in_two_layers() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend: str) -> None:
     torch._dynamo.reset()
-    fused, plain = pair()
+    fused, plain = pair() if backend == "aot_eager" else (network[:4] for network in pair())  # C++ takes its time
     assert_same(backward(fused, torch.compile(fused, fullgraph=True, backend=backend)), backward(plain))
 
 
@@ -230,7 +230,7 @@ def test_compile_with_dynamic_sizes_compiles_once() -> None:
     network, plain = FusedSequential(*layers()[:9]).eval(), nn.Sequential(*layers()[:9]).eval()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(network, fullgraph=True, dynamic=True, backend=counter)
-    for n, size in ((2, 16), (3, 20), (5, 24), (2, 14)):
+    for n, size in ((2, 18), (3, 20), (5, 24), (2, 14)):
         assert_same(backward(network, compiled, image(n=n, size=size)), backward(plain, x=image(n=n, size=size)))
     assert counter.frame_count == 1
 

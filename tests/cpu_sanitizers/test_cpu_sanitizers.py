@@ -84,7 +84,7 @@ def test_no_access_outside_a_buffer_and_no_undefined_behaviour(
 def test_no_data_race(thread_objects: dict[str, Path], tmp_path: Path) -> None:
     done = run(link(tmp_path / "driver", thread_objects, THREAD), "baseline", "few")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == "baseline: 264 calls\n"
+    assert done.stdout == "baseline: 192 calls\n"
 
 
 class Mutation(NamedTuple):
