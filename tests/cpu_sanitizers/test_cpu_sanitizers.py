@@ -107,8 +107,8 @@ MUTATIONS = {
     ),
     "a mask one lane too wide": Mutation(
         "vec_avx2.h",
-        "_mm256_cmpgt_epi32(_mm256_set1_epi32(n),",
-        "_mm256_cmpgt_epi32(_mm256_set1_epi32(n + 1),",
+        "{_mm256_maskload_ps(p, first(n))}",
+        "{_mm256_and_ps(_mm256_maskload_ps(p, first(n + 1)), _mm256_castsi256_ps(first(n)))}",
         "avx2",
         "avx2",
         "SEGV",
