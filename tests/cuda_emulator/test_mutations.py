@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
 from cuda_emulator_harness import (
     CSRC,
+    JOBS,
     KERNEL_FLAGS,
     Case,
     Emulator,
@@ -297,13 +299,39 @@ def test_checks_pass_on_the_kernels_as_they_are(
     check(unchanged[kernel])
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS.keys())
-def test_mutation_is_caught(tmp_path: pathlib.Path, runtime: list[pathlib.Path], mutation: Mutation) -> None:
-    shutil.copytree(CSRC / "cuda", tmp_path / "csrc" / "cuda")
-    file = tmp_path / "csrc" / "cuda" / mutation.file
+def build_mutant(mutation: Mutation, folder: pathlib.Path, runtime: list[pathlib.Path]) -> Emulator:
+    shutil.copytree(CSRC / "cuda", folder / "csrc" / "cuda")
+    file = folder / "csrc" / "cuda" / mutation.file
     text = file.read_text()
     assert text.count(mutation.old) == 1, f"{mutation.file} has {text.count(mutation.old)} of {mutation.old!r}, not one"
     file.write_text(text.replace(mutation.old, mutation.new))
-    mutant = build_one_tile(tmp_path / "csrc", tmp_path, mutation.kernel, runtime)
+    return build_one_tile(folder / "csrc", folder, mutation.kernel, runtime)
+
+
+@pytest.fixture(scope="module")
+def mutants(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, runtime: list[pathlib.Path]
+) -> Iterator[dict[str, Future[Emulator]]]:
+    """Every mutation that is asked for, being built JOBS at a time while the tests before it run."""
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    names = [call.params["name"] for call in parameters if call is not None and "name" in call.params]
+    with ThreadPoolExecutor(JOBS) as pool:
+        yield {
+            name: pool.submit(build_mutant, MUTATIONS[name], tmp_path_factory.mktemp("mutant"), runtime)
+            for name in names
+            if name in MUTATIONS
+        }
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_caught(mutants: dict[str, Future[Emulator]], name: str) -> None:
+    mutant = mutants[name].result()
     with pytest.raises((EmulatorError, AssertionError)):
-        mutation.check(mutant)
+        MUTATIONS[name].check(mutant)
+
+
+def test_the_page_lists_every_mutation_with_its_test() -> None:
+    page = (CSRC.parent / "docs" / "emulator.md").read_text()
+    for name, mutation in MUTATIONS.items():
+        check = mutation.check.__name__.removeprefix("check_")
+        assert f"| {mutation.kernel} | {name} | `{check}` |" in page
