@@ -153,7 +153,7 @@ MUTATIONS = {
         "forward", FORWARD, "inside && i * kRowStep < rows_left_;", "inside;", check_forward
     ),
     "mask: pools past the last": Mutation(
-        "forward", EPILOGUE, "min(kRows / 4, pools - pool)", "min(kRows / 4, pools - pool + 1)", check_pool
+        "forward", EPILOGUE, "return first_pool + row < pools ? ", "return first_pool + row < pools + 1 ? ", check_pool
     ),
     "swizzle: written otherwise than read": Mutation(
         "forward",
@@ -167,7 +167,7 @@ MUTATIONS = {
     ),
     "barrier: none in the main loop": Mutation("forward", LOOP, BARRIER, "    const bool more", check_forward),
     "barrier: none before the finished tile is stored": Mutation(
-        "forward", EPILOGUE, "    __syncthreads();\n    if (!epilogue_.pool)", "    if (!epilogue_.pool)", check_forward
+        "forward", EPILOGUE, "    Gemm::barrier();\n    if (!epilogue_.pool)", "    if (!epilogue_.pool)", check_forward
     ),
     "barrier: none between main loop and epilogue": Mutation(
         "forward", LOOP, "  ptx::cp_async_wait<0>();\n  __syncthreads();", "  ptx::cp_async_wait<0>();", check_forward
