@@ -13,21 +13,45 @@ inline std::string shape_of(const Tensor& t) {
   return text + "]";
 }
 
+// Sizes and offsets are computed in 64 bits with factors of up to a few thousand; an expanded tensor can have more elements than
+// any memory.
+constexpr int64_t max_elements = int64_t(1) << 40;
+
+// A tensor outlives its memory where the storage was resized, as sharded training does between uses.
+inline void check_memory(const Tensor& t, const char* name) {
+  const int64_t elements = t.numel();
+  STD_TORCH_CHECK(elements <= max_elements, name, ": expected at most ", max_elements, " elements, got ", shape_of(t));
+  if (elements == 0) return;
+  int64_t last = t.storage_offset(), bytes = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  const int64_t needed = (last + 1) * int64_t(t.element_size());
+  STD_TORCH_CHECK(needed <= bytes, name, ": expected a storage of at least ", needed, " bytes for ", shape_of(t), ", got ", bytes,
+                  ": it was resized after the tensor was made");
+}
+
 inline void check_image(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4, name, ": expected [N, C, H, W], got ", shape_of(t));
   for (int i = 1; i < 4; ++i) STD_TORCH_CHECK(t.size(i) > 0, name, ": expected C, H, W of at least 1, got ", shape_of(t));
   dtype_of(t);
+  check_memory(t, name);
+}
+
+inline std::string device_of(const Tensor& t) {
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : t.is_cpu() ? "cpu" : "another";
 }
 
 inline void check_same_kind(const Tensor& t, const char* name, const Tensor& as, const char* as_name) {
   STD_TORCH_CHECK(t.scalar_type() == as.scalar_type(), name, ": expected the dtype of ", as_name, ", ", as.scalar_type(), ", got ",
                   t.scalar_type());
-  STD_TORCH_CHECK(t.device() == as.device(), name, ": expected on the device of ", as_name);
+  STD_TORCH_CHECK(t.device() == as.device(), name, ": expected on the device of ", as_name, ", ", device_of(as), ", got ",
+                  device_of(t));
 }
 
 inline void check_weight(const Tensor& weight) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.size(0) > 0 && weight.size(1) > 0,
                   "weight: expected [C_out, C_in, 3, 3], got ", shape_of(weight));
+  check_memory(weight, "weight");
 }
 
 inline void check_pooled_image(const Tensor& x) {
@@ -45,6 +69,7 @@ inline void check_conv3x3(const Tensor& x, const Tensor& weight, const MaybeTens
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias: expected [", weight.size(0), "], got ",
                     shape_of(*bias));
     check_same_kind(*bias, "bias", x, "x");
+    check_memory(*bias, "bias");
   }
   if (pool) check_pooled_image(x);
 }
@@ -60,14 +85,17 @@ inline void check_gradient(const Tensor& grad, const MaybeTensor& y, const Maybe
     bool same = y->dim() == 4;
     for (int i = 0; same && i < 4; ++i) same = y->size(i) == grad.size(i);
     STD_TORCH_CHECK(same, "y: expected the size of grad, ", shape_of(grad), ", got ", shape_of(*y));
+    check_memory(*y, "y");
   }
   if (argmax) {
+    STD_TORCH_CHECK(argmax->defined(), "argmax: expected a tensor, got None");
     const bool fits = argmax->dim() == 4 && argmax->size(0) == grad.size(0) && argmax->size(1) == gh && argmax->size(2) == gw &&
                       argmax->size(3) == (grad.size(1) + 3) / 4;
     STD_TORCH_CHECK(fits && argmax->scalar_type() == torch::headeronly::ScalarType::Byte && argmax->is_contiguous() &&
                         argmax->device() == grad.device(),
                     "argmax: expected contiguous uint8 [N, H/2, W/2, ceil(C/4)] for grad ", shape_of(grad), " on its device, got ",
                     argmax->scalar_type(), " ", shape_of(*argmax));
+    check_memory(*argmax, "argmax");
   }
 }
 

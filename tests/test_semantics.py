@@ -28,7 +28,7 @@ from reference import (
 )
 from torch import Tensor
 
-from vggfast import ops
+from vggfast import _C, ops
 
 NAN, INF = math.nan, math.inf
 EPILOGUES = list(itertools.product([False, True], repeat=2))  # relu, pool
@@ -87,6 +87,42 @@ def test_nan_and_infinities_are_where_torch_has_them(config: Config, shape: tupl
                 torchs = results(composition, operands, grad, relu, pool)
                 for name, got, expected in zip(NAMES, ours, torchs, strict=True):
                     assert_same_specials(got, expected, f"{name}, {what}, torch's float32")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("config", [c for c in CONFIGS_FP32 if c.algo == "winograd"], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "schedule"),
+    [
+        ((1, 20, 40, 47, 45), "tile-fused"),
+        ((1, 64, 72, 9, 11), "output channels split"),
+        ((1, 1024, 17, 46, 46), "points split"),
+    ],
+)
+def test_every_schedule_of_winograd_repeats_what_it_spoiled(
+    shape: tuple[int, ...], schedule: str, config: Config, threads: int
+) -> None:
+    """One value in the last block of channels or the last tile: found by whichever thread writes it."""
+    config.use()
+    torch.set_num_threads(threads)
+    _, c_in, c_out, h, w = shape
+    assert schedule in _C.cpu_plan("forward", *shape)
+    x, weight, bias = problem(*shape)  # type: ignore[misc]
+    clean = ops.conv3x3(x, weight, bias, relu=False)
+    for value, operand, at in (
+        (INF, x, (0, c_in - 1, h - 1, w - 1)),
+        (NAN, x, (0, 1, 0, 0)),
+        (-INF, bias, (c_out - 1,)),
+    ):
+        kept, operand[at] = operand[at].item(), value
+        y, expected = ops.conv3x3(x, weight, bias, relu=False), composition(x, weight, bias, relu=False)
+        operand[at] = kept
+        assert_same_specials(y, expected, f"{value} at {at}")
+        finite = expected.isfinite()
+        assert not finite.all()
+        error = (y.double() - expected.double())[finite].norm() / expected[finite].double().norm()
+        assert error <= 5e-6
+    assert_same_bits(ops.conv3x3(x, weight, bias, relu=False), clean, "after it")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
