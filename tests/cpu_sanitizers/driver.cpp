@@ -158,9 +158,10 @@ public:
   void run(bool relu, bool pool) {
     if (pool && (p_.h < 2 || p_.w < 2)) return;
     const int64_t pixels = pool ? p_.n * (p_.h / 2) * (p_.w / 2) : p_.n * p_.h * p_.w;
-    Buffer y(pixels * p_.out * size_), argmax(pixels * ceil_div(p_.out, 4)), grad(y.bytes());
+    Buffer y(pixels * p_.out * size_, pool ? 1 : alignment(p_.out)), argmax(pixels * ceil_div(p_.out, 4)), grad(y.bytes());
     Output out = output(y.as(), p_.out);
     out.bias = relu ? bias_.as<float>() : nullptr;
+    out.stream = out.stream && !pool;
     out.relu = relu, out.pool = pool, out.argmax = pool ? argmax.as<uint8_t>() : nullptr;
     convolve("forward", x, w, out, pixels * p_.out);
 
@@ -170,7 +171,7 @@ public:
     dz.kind = pool ? ImageKind::pooled : relu ? ImageKind::masked : ImageKind::plain;
     if (relu) dz.y = y.as(), dz.y_stride_n = dz.stride_n, dz.y_stride_h = dz.stride_h, dz.y_stride_w = dz.stride_w;
     if (pool) dz.argmax = argmax.as<uint8_t>();
-    Buffer gx(p_.n * p_.h * p_.w * p_.in * size_);
+    Buffer gx(p_.n * p_.h * p_.w * p_.in * size_, alignment(p_.in));
     const Filters mirrored{dtype_, p_.in, p_.out, w_.as<char>() + 8 * size_, 9, p_.in * 9, -3, -1};
     convolve("grad_input", dz, mirrored, output(gx.as(), p_.in), p_.n * p_.h * p_.w * p_.in);
     grad_filters(dz);
@@ -180,9 +181,13 @@ public:
   static int64_t calls;
 
 private:
+  // Where results may be stored past the caches, they are.
+  bool streams(int64_t c) const { return dtype_ == DType::f32 && c % 16 == 0; }
+  size_t alignment(int64_t c) const { return streams(c) ? 64 : 1; }
   Output output(void* data, int64_t c) const {
     Output out;
     out.dtype = dtype_, out.n = p_.n, out.c = c, out.h = p_.h, out.w = p_.w, out.data = data;
+    out.stream = streams(c);
     return out;
   }
 
