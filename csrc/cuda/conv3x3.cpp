@@ -25,17 +25,29 @@ namespace {
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 
+// torch's device guard: while it lives, the device is current.
+class Guard {
+public:
+  explicit Guard(int32_t index) {
+    STD_TORCH_CHECK(aoti_torch_create_cuda_guard && aoti_torch_get_current_cuda_stream, "vggfast: this torch has no CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index, &handle_));
+  }
+  ~Guard() { aoti_torch_delete_cuda_guard(handle_); }
+  Guard(const Guard&) = delete;
+  Guard& operator=(const Guard&) = delete;
+
+private:
+  CUDAGuardHandle handle_ = nullptr;
+};
+
 // Makes a tensor's device current while it lives, and knows that device's stream and size.
 class OnDevice {
 public:
   explicit OnDevice(const Tensor& t) : OnDevice(t.get_device_index()) {}
-  explicit OnDevice(int32_t index) : index_(index) {
-    STD_TORCH_CHECK(aoti_torch_create_cuda_guard && aoti_torch_get_current_cuda_stream, "vggfast: this torch has no CUDA");
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index_, &guard_));
+  explicit OnDevice(int32_t index) : index_(index), guard_(index) {
+    // torch's CUDA runtime is another one than that linked in here, and each keeps its own idea of the current device.
+    check(cudaSetDevice(index), "(device)");
   }
-  ~OnDevice() { aoti_torch_delete_cuda_guard(guard_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
 
   cudaStream_t stream() const {
     void* stream = nullptr;
@@ -55,7 +67,7 @@ private:
   }
 
   int32_t index_;
-  CUDAGuardHandle guard_ = nullptr;
+  Guard guard_;
 };
 
 DType element_type(const Tensor& t) {
