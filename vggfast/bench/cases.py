@@ -1,0 +1,246 @@
+"""What is computed: a layer or a network, a task, a batch, a dtype; its random data, its float64 answer, its operations and bytes."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vggfast.models
+from vggfast.bench import BenchError
+from vggfast.bench.layers import CONFIGS, FULLY_CONNECTED, VGG16_LAYERS, Layer, conv_layers
+
+Task = Literal["inference", "training", "forward", "grad_input", "grad_weight", "forward+backward"]
+LAYER_TASKS: tuple[Task, ...] = ("forward", "grad_input", "grad_weight", "forward+backward")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GIVEN = "given grad of y"  # in a layer's reference: the gradient that buffer 0 gets
+OWN_ERROR = "torch's own error of "  # in a network's reference for training in bfloat16
+BUFFERS = 4  # inputs that are used in turn, so that none is still in a cache from the run before
+Outputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """``subject`` is vgg11 … vgg19, a layer of VGG16 (conv3_2), or "module:function" that builds a network for [N, 3, size, size].
+
+    dtype "bf16" is bfloat16 weights and activations for inference and layers, autocast for training. Training is forward,
+    cross-entropy and backward, without the optimizer's step.
+    """
+
+    subject: str
+    task: Task
+    batch: int
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 2
+    size: int = 224  # of a network's images; a layer has its own
+
+    @property
+    def id(self) -> str:
+        return f"{self.subject} {self.task} {self.dtype} batch {self.batch}"
+
+    @property
+    def layer(self) -> Layer | None:
+        return next((layer for layer in VGG16_LAYERS if layer.name == self.subject), None)
+
+    def with_dtype(self, dtype: Literal["fp32", "bf16"]) -> Case:
+        return replace(self, dtype=dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def convolutions(self) -> list[Layer]:
+        if self.layer:
+            return [self.layer]
+        return conv_layers(self.subject, self.size) if self.subject in CONFIGS else []
+
+    def _passes(self, layer: Layer) -> int:
+        """How often the task runs through a layer: forward, gradient of the input, of the filters. Images need no gradient."""
+        passes = {"inference": 1, "forward": 1, "grad_input": 1, "grad_weight": 1}
+        return passes.get(self.task, 2 if layer.c_in == 3 else 3)
+
+    def gflop(self) -> float:
+        """Operations in 1e9, convolutions counted as direct ones; 0 for a network that is not in the table."""
+        convolutions = sum(self._passes(layer) * layer.gflop(self.batch) for layer in self.convolutions())
+        if self.subject not in CONFIGS:
+            return convolutions
+        passes = 3 if self.task == "training" else 1
+        return convolutions + passes * 2e-9 * self.batch * sum(i * o for i, o in FULLY_CONNECTED)
+
+    def gigabytes(self) -> float:
+        """Bytes in 1e9 that must be moved at least if every layer reads its input and filters once and writes its output once."""
+        itemsize = DTYPES[self.dtype].itemsize
+        convolutions = sum(self._passes(layer) * layer.gigabytes(self.batch, itemsize) for layer in self.convolutions())
+        if self.subject not in CONFIGS:
+            return convolutions
+        passes = 3 if self.task == "training" else 1
+        return convolutions + passes * 1e-9 * itemsize * sum(i * o for i, o in FULLY_CONNECTED)
+
+
+def network(case: Case, weights: Path | None = None) -> nn.Module:
+    """The network of ``case`` without dropout: with the weights of the file, else with new ones, biases random too."""
+    if ":" in case.subject:
+        module, function = case.subject.split(":")
+        built: nn.Module = getattr(importlib.import_module(module), function)()
+    elif case.subject in CONFIGS:
+        torch.manual_seed(0)
+        built = getattr(vggfast.models, case.subject)(dropout=0.0, init_weights=weights is None)
+    else:
+        raise BenchError(f"expected {', '.join(CONFIGS)}, a layer of VGG16 or module:function, got {case.subject}")
+    if weights is not None:
+        from safetensors.torch import load_file
+
+        built.load_state_dict(load_file(weights))
+    else:
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in built.named_parameters():
+            if name.endswith("bias"):  # they start as zeros, which would hide a contender that forgets them
+                nn.init.normal_(parameter, std=0.05, generator=generator)
+    return built.eval() if case.task == "inference" else built.train()
+
+
+def save_weights(case: Case, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(network(case).state_dict(), path)
+
+
+def images(case: Case, buffer: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 + buffer)
+    return torch.randn(case.batch, 3, case.size, case.size, generator=generator)
+
+
+def targets(case: Case, classes: int) -> Tensor:
+    return torch.arange(case.batch) % classes
+
+
+@dataclass
+class LayerData:
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    grad: Tensor  # of the output
+
+    def to(self, *args: Any, **kwargs: Any) -> LayerData:
+        return LayerData(*(t.to(*args, **kwargs) for t in (self.x, self.weight, self.bias, self.grad)))
+
+
+def layer_data(case: Case, buffer: int) -> LayerData:
+    """Random data in ``case.dtype``: the rounding of the data is no contender's error. The filters are the same in every buffer."""
+    layer = case.layer
+    assert layer is not None
+    of_filters, of_images = torch.Generator().manual_seed(7), torch.Generator().manual_seed(100 + buffer)
+    weight = torch.randn(layer.c_out, layer.c_in, 3, 3, generator=of_filters) * (2 / (9 * layer.c_in)) ** 0.5
+    bias = torch.randn(layer.c_out, generator=of_filters)
+    x = torch.randn(case.batch, layer.c_in, layer.size, layer.size, generator=of_images)
+    side = layer.size // 2 if layer.pool else layer.size
+    grad = torch.randn(case.batch, layer.c_out, side, side, generator=of_images)
+    return LayerData(x, weight, bias, grad).to(DTYPES[case.dtype])
+
+
+def plain_layer(x: Tensor, weight: Tensor, bias: Tensor, pool: bool) -> Tensor:
+    y = F.relu(F.conv2d(x, weight, bias, padding=1), inplace=True)
+    return F.max_pool2d(y, 2) if pool else y
+
+
+def plain_network(net: nn.Module) -> nn.Module:
+    """The same modules with the same parameters, called by torch one after the other."""
+    if not isinstance(net, vggfast.models.VGG):
+        return nn.Sequential(*net.children())
+    return nn.Sequential(nn.Sequential(*net.features), net.avgpool, nn.Flatten(), nn.Sequential(*net.classifier))
+
+
+def wants_input_gradient(case: Case) -> bool:
+    """The first layer's input is an image, which nobody differentiates by."""
+    layer = case.layer
+    return layer is not None and layer.c_in != 3
+
+
+def reference(case: Case, weights: Path | None = None) -> Outputs:
+    """The answer for buffer 0, computed by torch's own operators in float64 (on the CPU)."""
+    if case.layer:
+        return _reference_layer(case, case.layer)
+    net = network(case, weights).double()
+    plain = plain_network(net)
+    x = images(case, 0).double()
+    if case.task == "inference":
+        with torch.inference_mode():
+            return {"scores": plain(x)}
+    exact = _training_outputs(case, net, plain, x)
+    if case.dtype == "fp32":
+        return exact
+    with torch.autocast("cpu", torch.bfloat16):
+        own = relative_errors(_training_outputs(case, net.float(), plain, x.float()), exact)
+    return exact | {OWN_ERROR + name: torch.tensor(error) for name, error in own.items()}
+
+
+def _training_outputs(case: Case, net: nn.Module, plain: nn.Module, x: Tensor) -> Outputs:
+    net.zero_grad()
+    scores = plain(x)
+    F.cross_entropy(scores, targets(case, scores.shape[1])).backward()
+    gradients = {f"grad of {name}": p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return {"scores": scores.detach(), **gradients}
+
+
+def _reference_layer(case: Case, layer: Layer) -> Outputs:
+    data = layer_data(case, 0).to(torch.float64)
+    if case.task == "forward":
+        with torch.inference_mode():
+            return {"y": plain_layer(data.x, data.weight, data.bias, layer.pool)}
+    data.grad *= _decided(data, layer, DTYPES[case.dtype])
+    inputs = differentiated(case, data)
+    y = plain_layer(data.x, data.weight, data.bias, layer.pool)
+    gradients = torch.autograd.grad(y, list(inputs.values()), data.grad)
+    outputs = {GIVEN: data.grad, **dict(zip(inputs, gradients, strict=True))}
+    return {"y": y.detach(), **outputs} if case.task == "forward+backward" else outputs
+
+
+def _decided(data: LayerData, layer: Layer, dtype: torch.dtype) -> Tensor:
+    """1 where rounding cannot change what ReLU and pool let through, else 0. Shaped as the output.
+
+    An activation within rounding of zero opens its ReLU in one computation and not in the other; of two activations in a window
+    within rounding of each other either may win. With no gradient there, gradients have errors of rounding only.
+    """
+    with torch.no_grad():
+        before = F.conv2d(data.x, data.weight, data.bias, padding=1)
+        near_zero = 1e-4 * before.std()
+        if not layer.pool:
+            return (before.abs() > near_zero).to(before.dtype)
+        n, c, h, w = before.shape
+        windows = before.view(n, c, h // 2, 2, w // 2, 2).transpose(3, 4).reshape(n, c, h // 2, w // 2, 4)
+        best, second = windows.topk(2, -1).values.unbind(-1)
+        near_tie = near_zero + 2 * torch.finfo(dtype).eps * best.abs()
+        return ((best < -near_zero) | ((best > near_zero) & (best - second > near_tie))).to(before.dtype)
+
+
+def differentiated(case: Case, data: LayerData) -> dict[str, Tensor]:
+    """The tensors that the task differentiates by, made to require gradients, under the names of the gradients."""
+    chosen: dict[str, Tensor] = {}
+    if case.task == "grad_input" or (case.task == "forward+backward" and wants_input_gradient(case)):
+        chosen["grad of x"] = data.x
+    if case.task in ("grad_weight", "forward+backward"):
+        chosen |= {"grad of weight": data.weight, "grad of bias": data.bias}
+    for tensor in chosen.values():
+        tensor.requires_grad_()
+    return chosen
+
+
+def relative_errors(outputs: Outputs, expected: Outputs) -> dict[str, float]:
+    """The L2 norm of the difference over that of the expected, for every expected output; infinite where one lacks or has NaN."""
+    errors = {}
+    for name, want in expected.items():
+        if name == GIVEN or name.startswith(OWN_ERROR):
+            continue
+        got = outputs.get(name)
+        if got is None or got.shape != want.shape:
+            errors[name] = float("inf")
+            continue
+        want = want.double()
+        error = float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
+        errors[name] = error if error == error else float("inf")
+    return errors

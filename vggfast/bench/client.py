@@ -1,0 +1,106 @@
+"""The near end of a worker: starts it, asks it, sees whether it is idle, ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vggfast.bench import BenchError
+from vggfast.bench.contenders import ALLOCATOR
+
+IDLE_S = 0.004  # a look at a worker's CPU time
+IDLE_SHARE = 0.05  # less CPU than this over IDLE_S: nothing spins
+SETTLE_S = 2.0
+
+
+class Worker:
+    """A child process running ``vggfast.bench.worker``. A context manager: leaving it ends the process."""
+
+    def __init__(self, name: str, threads: int, environment: Mapping[str, str] = ALLOCATOR) -> None:
+        self.name = name
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        extra = {"OMP_NUM_THREADS": str(threads), **environment}
+        paths = [p for p in sys.path if p]
+        if "" in sys.path:
+            paths.insert(0, os.getcwd())
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "vggfast.bench.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **extra},
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request and wait for its answer. Raises BenchError with what the worker said, or how it died."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        try:
+            print(json.dumps({"request": request, **arguments}), file=stdin, flush=True)
+            line = stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            status = self._process.wait()
+            why = " (killed: out of memory?)" if status == -9 else ""
+            raise BenchError(f"{self.name}: its process ended with status {status}{why} at {request}: {self._tail()}")
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise BenchError(f"{self.name}: {reply['error']}")
+        return reply
+
+    def _tail(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read()[-800:].strip()
+
+    def cpu_seconds(self) -> float:
+        """CPU time of all its threads up to now."""
+        try:
+            return time.clock_gettime_ns(~self._process.pid << 3 | 2) * 1e-9  # Linux: the CPU-time clock of a process
+        except OSError as error:
+            raise BenchError(f"{self.name}: its process has ended: {self._tail()}") from error
+
+    def settle(self) -> None:
+        """Wait until its threads have stopped spinning, so that the next worker has the cores for itself."""
+        deadline = time.monotonic() + SETTLE_S
+        before = self.cpu_seconds()
+        while time.monotonic() < deadline:
+            time.sleep(IDLE_S)
+            after = self.cpu_seconds()
+            if after - before < IDLE_SHARE * IDLE_S:
+                return
+            before = after
+
+    def close(self) -> None:
+        if self._process.stdin:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout:
+            self._process.stdout.close()
+        self._errors.close()
+
+
+def available_bytes() -> int:
+    """Memory that new processes can have, as Linux estimates it."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) << 10
+    return 0

@@ -1,0 +1,168 @@
+"""Who competes: names, what each can compute, what it needs to be installed, and the code that sets it up."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vggfast.bench import BenchError
+from vggfast.bench.cases import Case
+
+# glibc returns large blocks to the system and page-faults them in again at every use; without these settings torch at batch 8
+# loses up to half its speed. They go to every contender.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+
+
+@dataclass
+class Runner:
+    """A contender that is set up for a case. ``run(buffer)`` is what is timed; ``outputs(run(buffer))`` is what is checked.
+
+    ``clock`` is "cpu", "cuda" (events) or "wall" (a device without events: ``run`` returns when the device is done).
+    """
+
+    run: Callable[[int], Any]
+    outputs: Callable[[Any], dict[str, Any]]
+    setting: str
+    clock: str = "cpu"
+    version: str = ""
+    parameters: list[Any] = field(default_factory=list)  # of a network in torch: not counted as activations
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``builder`` is "module:function", called in the worker as ``function(case, files, **options)`` and returning a Runner."""
+
+    name: str
+    family: str  # what --against selects
+    builder: str
+    options: dict[str, Any] = field(default_factory=dict)
+    packages: tuple[str, ...] = ()  # to be importable
+    tasks: tuple[str, ...] = ("inference", "training", "layer")
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    batches: tuple[int, ...] = ()  # empty: any
+    full_only: bool = False  # takes minutes to set up
+
+    def takes(self, case: Case) -> bool:
+        task = "layer" if case.layer else case.task
+        return (
+            (task in self.tasks or case.task in self.tasks)
+            and case.dtype in self.dtypes
+            and case.device in self.devices
+            and (not self.batches or case.batch in self.batches)
+        )
+
+    def missing(self) -> str:
+        """Which package it lacks here, and how to get it; empty if it can run."""
+        absent = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        return f'not installed: {", ".join(absent)}; pip install "vggfast[bench]"' if absent else ""
+
+
+_TORCH, _RUNTIMES, _JAX = "vggfast.bench.torch_runners", "vggfast.bench.runtimes", "vggfast.bench.jax_runner"
+
+VGGFAST = Contender("vggfast", "vggfast", f"{_TORCH}:build", {"engine": "vggfast"})
+CONTENDERS = [
+    VGGFAST,
+    Contender("torch channels_last", "torch", f"{_TORCH}:build", {"layout": "channels_last"}),
+    Contender("torch NCHW", "torch", f"{_TORCH}:build", {"layout": "contiguous_format"}, dtypes=("fp32",)),
+    Contender("torch.compile", "compile", f"{_TORCH}:build", {"engine": "compile"}, tasks=("inference", "training")),
+    Contender(
+        "torch.compile max-autotune",
+        "compile",
+        f"{_TORCH}:build",
+        {"engine": "compile", "mode": "max-autotune"},
+        tasks=("inference", "training"),
+        devices=("cuda",),
+        full_only=True,
+    ),
+    Contender(
+        "torch CUDA graph",
+        "cudagraph",
+        f"{_TORCH}:build",
+        {"layout": "channels_last", "graph": True},
+        tasks=("inference", "training"),
+        devices=("cuda",),
+    ),
+    Contender(
+        "vggfast CUDA graph",
+        "vggfast",
+        f"{_TORCH}:build",
+        {"engine": "vggfast", "graph": True},
+        tasks=("inference", "training"),
+        devices=("cuda",),
+    ),
+    Contender(
+        "cudnn_convolution_relu", "cudnn", f"{_TORCH}:build", {"engine": "cudnn"}, tasks=("forward",), devices=("cuda",)
+    ),
+    Contender("jax", "jax", f"{_JAX}:build", packages=("jax",), tasks=("inference", "training"), devices=("cuda",)),
+    Contender(
+        "onnxruntime",
+        "onnxruntime",
+        f"{_RUNTIMES}:build_onnxruntime",
+        packages=("onnxruntime", "onnx", "onnxscript"),
+        tasks=("inference",),
+        dtypes=("fp32",),  # its CPU kernels for convolutions have no bfloat16
+        devices=("cpu",),
+    ),
+    Contender(
+        "openvino",
+        "openvino",
+        f"{_RUNTIMES}:build_openvino",
+        packages=("openvino", "onnx", "onnxscript"),
+        tasks=("inference",),
+        devices=("cpu",),
+    ),
+    Contender(
+        "ncnn",
+        "ncnn",
+        f"{_RUNTIMES}:build_ncnn",
+        packages=("ncnn", "pnnx"),
+        tasks=("inference",),
+        dtypes=("fp32",),
+        devices=("cpu",),
+        batches=(1,),  # it takes one image at a time
+    ),
+    Contender(
+        "ncnn half",
+        "ncnn",
+        f"{_RUNTIMES}:build_ncnn",
+        {"half": True},
+        packages=("ncnn", "pnnx"),
+        tasks=("inference",),
+        dtypes=("bf16",),
+        devices=("cpu",),
+        batches=(1,),
+    ),
+]
+
+
+def find(name: str) -> Contender:
+    for contender in CONTENDERS:
+        if contender.name == name:
+            return contender
+    raise BenchError(f"contender: expected one of {', '.join(c.name for c in CONTENDERS)}, got {name}")
+
+
+def families() -> list[str]:
+    """What --against takes."""
+    return list(dict.fromkeys(contender.family for contender in CONTENDERS if contender is not VGGFAST))
+
+
+def rivals(case: Case, against: list[str] | None = None, full: bool = True) -> list[Contender]:
+    """Everybody but vggfast that computes ``case``, whether installed or not; ``against`` selects families.
+
+    Raises BenchError for a family that does not exist.
+    """
+    unknown = sorted(set(against or []) - set(families()))
+    if unknown:
+        raise BenchError(f"against: expected some of {', '.join(families())}, got {', '.join(unknown)}")
+    return [
+        contender
+        for contender in CONTENDERS
+        if contender is not VGGFAST
+        and contender.takes(case)
+        and (against is None or contender.family in against or contender.family == "vggfast")
+        and (full or not contender.full_only)
+    ]

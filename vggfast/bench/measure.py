@@ -1,0 +1,312 @@
+"""A group of contenders on one case: each set up in its process, checked, then timed in interleaved rounds."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vggfast.bench import BenchError, memory, runtimes
+from vggfast.bench.cases import Case
+from vggfast.bench.client import Worker, available_bytes
+from vggfast.bench.contenders import ALLOCATOR, VGGFAST, Contender, rivals
+from vggfast.bench.machine import Activity
+from vggfast.bench.stats import spread
+
+Record = dict[str, Any]  # what the results' JSON holds of a contender or of a group
+CONTROL = "vggfast again"  # the A/A control: the ratio of equals, and its spread, is what a ratio can be trusted to
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender in a group, under the name it has there."""
+
+    label: str
+    contender: Contender
+    case: Case
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is compared side by side. ``part`` is the file of results it belongs to."""
+
+    part: str
+    case: Case
+    entries: tuple[Entry, ...]
+
+    @property
+    def id(self) -> str:
+        return f"memory: {self.case.id}" if self.part == "memory" else self.case.id
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a group is timed: as many rounds as ``seconds`` allows, within limits; in each, every contender runs for ``turn_s``."""
+
+    min_rounds: int
+    max_rounds: int
+    seconds: float
+    turn_s: float
+
+
+QUICK = Effort(min_rounds=3, max_rounds=7, seconds=3, turn_s=0.02)
+FULL = Effort(min_rounds=7, max_rounds=30, seconds=40, turn_s=0.2)
+
+
+class Listener:
+    """Is told how a measurement proceeds; does nothing."""
+
+    def stage(self, group: Group, what: str) -> None: ...
+
+    def round(self, group: Group, done: int, total: int) -> None: ...
+
+
+def compare(part: str, case: Case, against: list[str] | None = None, full: bool = True) -> Group:
+    """vggfast, itself again as the control, and everybody who computes ``case``, installed or not.
+
+    float32 inference on a CPU also meets the runtimes in half precision: what they get there with less accuracy.
+    """
+    entries = [Entry(VGGFAST.name, VGGFAST, case)]
+    if part != "memory":
+        entries.append(Entry(CONTROL, VGGFAST, case))
+    entries += [Entry(rival.name, rival, case) for rival in rivals(case, against, full)]
+    if part != "memory" and case.task == "inference" and case.dtype == "fp32":
+        half = case.with_dtype("bf16")
+        extra = {"openvino": "openvino bf16", "ncnn half": "ncnn half"}
+        entries += [Entry(extra[r.name], r, half) for r in rivals(half, against, full) if r.name in extra]
+    return Group(part, case, tuple(entries))
+
+
+class Lab:
+    """Workers, and the files they share, for a run of measurements. A context manager."""
+
+    def __init__(self, threads: int, listener: Listener | None = None) -> None:
+        self.threads = threads
+        self.listener = listener or Listener()
+        self._folder = Path(tempfile.mkdtemp(prefix="vggfast-bench-"))
+        self._torch: Worker | None = None  # all contenders of single layers share torch's threads, and so one process
+        self._files: dict[str, Path] = {}
+        self._ceilings: dict[str, Record] = {}
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
+        if self._torch:
+            self._torch.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # ---- files ----
+
+    def _utility(self, request: str, **arguments: Any) -> Record:
+        """Something that is not timed, in a process of its own whose memory is free again afterwards."""
+        with Worker(request, self.threads) as worker:
+            return worker.ask(request, **arguments)
+
+    def _weights(self, case: Case) -> Path:
+        name = f"{case.subject} weights"
+        if name not in self._files:
+            path = self._folder / f"weights{len(self._files)}.safetensors"
+            self._utility("write_weights", case=case.to_dict(), path=str(path))
+            self._files[name] = path
+        return self._files[name]
+
+    def _reference(self, case: Case) -> Path:
+        same = case.with_dtype("fp32") if case.task == "inference" else case  # one answer for every dtype
+        name = f"{same.id} {case.size} reference"
+        if name not in self._files:
+            path = self._folder / f"reference{len(self._files)}.safetensors"
+            weights = None if case.layer else str(self._weights(case))
+            self._utility("write_reference", case=case.to_dict(), weights=weights, path=str(path))
+            self._files[name] = path
+        return self._files[name]
+
+    def _export(self, kind: str, case: Case) -> Path:
+        name = f"{case.subject} {case.size} {kind}"
+        if name not in self._files:
+            folder = self._folder / f"export{len(self._files)}"
+            folder.mkdir()
+            arguments = {"kind": kind, "case": case.to_dict(), "weights": str(self._weights(case)), "folder": str(folder)}
+            self._files[name] = Path(self._utility("export", **arguments)["path"])
+        return self._files[name]
+
+    def _files_for(self, entry: Entry) -> dict[str, str]:
+        if entry.case.layer:
+            return {"reference": str(self._reference(entry.case))}
+        files = {"weights": str(self._weights(entry.case))}
+        kind = runtimes.FILES.get(entry.contender.family)
+        if kind:
+            files[kind] = str(self._export(kind, entry.case))
+        return files
+
+    def ceilings(self, device: str, dtypes: Sequence[str] = ("fp32", "bf16")) -> Record:
+        """What the machine can do at most; measured once in a run."""
+        if device not in self._ceilings:
+            self._ceilings[device] = self._utility(
+                "measure_ceilings", device=device, threads=self.threads, dtypes=list(dtypes)
+            )
+        return self._ceilings[device]
+
+    # ---- measurements ----
+
+    def time(self, group: Group, effort: Effort) -> Record:
+        """Check every contender of the group, time those that are right. The result is a group of the JSON: see ``results``."""
+        with ExitStack() as stack:
+            ready, records = self._set_up(group, stack, ALLOCATOR)
+            samples: dict[str, list[list[float]]] = {entry.label: [] for entry, _ in ready}
+            activity = self._rounds(group, effort, ready, samples) if ready else None
+        for entry, _ in ready:
+            records[entry.label] |= _timing(entry.case, samples[entry.label], self.ceilings(entry.case.device))
+        return {
+            "id": group.id,
+            "case": group.case.to_dict(),
+            "contenders": [records[entry.label] for entry in group.entries],
+            "activity": activity,
+        }
+
+    def measure_memory(self, group: Group) -> Record:
+        """The same group's saved activations and peak memory, each contender alone in a new process."""
+        records: dict[str, Record] = {}
+        for entry in group.entries:
+            with ExitStack() as stack:
+                ready, record = self._set_up(Group(group.part, group.case, (entry,)), stack, memory.ALLOCATOR)
+                records |= record
+                for _, worker in ready:
+                    records[entry.label] |= worker.ask("measure_memory", key=entry.label, case=entry.case.to_dict())
+        return {"id": group.id, "case": group.case.to_dict(), "contenders": list(records.values()), "activity": None}
+
+    def _set_up(
+        self, group: Group, stack: ExitStack, allocator: dict[str, str]
+    ) -> tuple[list[tuple[Entry, Worker]], dict[str, Record]]:
+        """Start and check the contenders; a record of each, also of those that are missing, fail or are refused."""
+        ready: list[tuple[Entry, Worker]] = []
+        records: dict[str, Record] = {}
+        if group.case.layer and self._torch:
+            self._torch.ask("forget")
+        for entry in group.entries:
+            record = records[entry.label] = {"label": entry.label, "dtype": entry.case.dtype}
+            reason = entry.contender.missing() or _too_little_memory(entry)
+            if reason:
+                record["missing"] = reason
+                continue
+            self.listener.stage(group, f"{entry.label}: setting up")
+            try:
+                worker = self._worker(entry, stack, allocator)
+                record |= worker.ask(
+                    "prepare",
+                    key=entry.label,
+                    builder=entry.contender.builder,
+                    case=entry.case.to_dict(),
+                    files=self._files_for(entry),
+                    options=entry.contender.options,
+                )
+                self.listener.stage(group, f"{entry.label}: checking")
+                record |= self._check(entry, worker)
+            except BenchError as error:
+                record["failed"] = str(error)
+            if not record.keys() & {"failed", "refused"}:
+                worker.settle()
+                ready.append((entry, worker))
+        return ready, records
+
+    def _worker(self, entry: Entry, stack: ExitStack, allocator: dict[str, str]) -> Worker:
+        if not entry.case.layer:
+            return stack.enter_context(Worker(entry.label, self.threads, allocator))
+        if self._torch is None:
+            self._torch = Worker("layers", self.threads)
+        return self._torch
+
+    def _check(self, entry: Entry, worker: Worker) -> Record:
+        reply = worker.ask("check", key=entry.label, reference=str(self._reference(entry.case)))
+        return judge(entry, reply["errors"], reply["own_errors"], reply["follows_input"])
+
+    def _rounds(
+        self, group: Group, effort: Effort, ready: list[tuple[Entry, Worker]], samples: dict[str, list[list[float]]]
+    ) -> Record:
+        plan, round_s = {}, 0.0
+        for entry, worker in ready:
+            once = worker.ask("time", key=entry.label, warmup=1, times=1, start=0)["seconds"][0]
+            times = max(1, min(50, round(effort.turn_s / once)))
+            warmup = 1 if once < 0.5 else 0  # a cold cache or a sleeping thread costs a long run nothing
+            plan[entry.label] = (warmup, times)
+            round_s += once * (warmup + times)
+            worker.settle()
+        rounds = max(effort.min_rounds, min(effort.max_rounds, int(effort.seconds / round_s)))
+        order = random.Random(0)
+        activity = Activity(list({id(worker): worker for _, worker in ready}.values()))
+        for i in range(rounds):
+            self.listener.round(group, i, rounds)
+            for entry, worker in order.sample(ready, len(ready)):
+                warmup, times = plan[entry.label]
+                with activity.turn(worker):
+                    reply = worker.ask("time", key=entry.label, warmup=warmup, times=times, start=i)
+                    worker.settle()
+                samples[entry.label].append(reply["seconds"])
+        self.listener.round(group, rounds, rounds)
+        return activity.summary()
+
+
+def judge(entry: Entry, errors: dict[str, float], own_errors: dict[str, float], follows_input: bool) -> Record:
+    """The record of a check: the error nearest its limit, and ``refused`` with the reason if the contender must not be timed."""
+    case = entry.case
+    kind = "layer" if case.layer else "gradients" if case.task == "training" else "network"
+    limits = {name: 2 * own_errors[name] if name in own_errors else TOLERANCES[kind, case.dtype] for name in errors}
+    worst = max(errors, key=lambda name: errors[name] / limits[name])
+    error, limit = errors[worst], limits[worst]
+    record: Record = {"error": error, "error_of": worst, "tolerance": limit}
+    if not error <= limit:
+        record["refused"] = f"relative error of {worst}: expected at most {limit:.1e} against float64, got {error:.2e}"
+    elif not follows_input:
+        record["refused"] = "expected other outputs for other inputs, got the same: it does not calculate"
+    return record
+
+
+# A layer in float32 may use Winograd's 5e-6; a network adds up its layers. A network's gradients: an activation within rounding of
+# zero opens its ReLU in one computation and not in the other, and a tie within rounding sends a pool's gradient elsewhere. In
+# bfloat16 that is so frequent that a gradient may have twice the error that torch's own autocast has.
+TOLERANCES = {
+    ("layer", "fp32"): 5e-6,
+    ("layer", "bf16"): 5e-3,
+    ("network", "fp32"): 5e-5,
+    ("network", "bf16"): 5e-2,
+    ("gradients", "fp32"): 1e-2,
+}
+
+
+def _too_little_memory(entry: Entry) -> str:
+    """Why the contender is left out, if its process could bring the machine to its limits; empty otherwise."""
+    case = entry.case
+    if case.layer or case.device != "cpu" or ":" in case.subject:
+        return ""
+    gigabyte = 1e9
+    needed = (1.8 if case.task == "inference" else 2.5) * gigabyte + 0.3 * gigabyte * case.batch * (case.size / 224) ** 2
+    if available_bytes() >= needed:
+        return ""
+    return f"expected {needed / gigabyte:.1f} GB of memory for its process, got {available_bytes() / gigabyte:.1f} GB"
+
+
+def _timing(case: Case, rounds: list[list[float]], ceilings: Record) -> Record:
+    """Statistics over all runs, the median of each round, and rates: convolutions are counted as direct ones."""
+    seconds = spread([s for turn in rounds for s in turn])
+    record: Record = {
+        "seconds": seconds._asdict(),
+        "rounds": [spread(turn).median for turn in rounds],
+        "runs": sum(map(len, rounds)),
+    }
+    gflop, gigabytes = case.gflop(), case.gigabytes()
+    if gflop:
+        peak = ceilings["peak_gflops"].get(case.dtype)
+        bound = max(gflop / peak, gigabytes / ceilings["dram_gbps"])
+        record |= {
+            "gflops": gflop / seconds.median,
+            "gbps": gigabytes / seconds.median,
+            "ceiling_share": bound / seconds.median,
+        }
+    return record

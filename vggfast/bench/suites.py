@@ -1,0 +1,102 @@
+"""Which comparisons make up the quick and the full form, part by part. A part is a file of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vggfast.bench.cases import LAYER_TASKS, Case
+from vggfast.bench.contenders import VGGFAST
+from vggfast.bench.layers import CONFIGS, VGG16_LAYERS
+from vggfast.bench.measure import Effort, Entry, Group, compare
+
+PARTS = ("inference", "training", "layers", "memory")
+
+# At most seven rounds of a few runs: CI has three minutes for everything.
+QUICK = {
+    "inference": Effort(min_rounds=3, max_rounds=7, seconds=4, turn_s=0.02),
+    "training": Effort(min_rounds=3, max_rounds=5, seconds=6, turn_s=0.02),
+    "layers": Effort(min_rounds=3, max_rounds=7, seconds=0.6, turn_s=0.005),
+    "memory": Effort(1, 1, 1, 0.02),
+}
+FULL = {
+    "inference": Effort(min_rounds=9, max_rounds=25, seconds=50, turn_s=0.3),
+    "training": Effort(min_rounds=7, max_rounds=15, seconds=60, turn_s=0.3),
+    "layers": Effort(min_rounds=7, max_rounds=15, seconds=3, turn_s=0.05),
+    "memory": Effort(1, 1, 1, 0.02),
+}
+
+
+def groups(part: str, device: str, threads: int, full: bool) -> list[Group]:
+    """The comparisons of a part on a device, "cpu" or "cuda"."""
+    made = {"inference": _inference, "training": _training, "layers": _layers, "memory": _memory}[part](device, full)
+    return [compare(part, _with(case, device, threads), _against(case), full) for case in made]
+
+
+
+def _with(case: Case, device: str, threads: int) -> Case:
+    values = case.to_dict() | {"device": device, "threads": threads}
+    return Case(**values)
+
+
+def _against(case: Case) -> list[str] | None:
+    """Networks other than VGG16 meet torch only: what VGG16 shows of the others holds for them."""
+    return ["torch"] if case.subject in CONFIGS and case.subject != "vgg16" else None
+
+
+def _inference(device: str, full: bool) -> Iterator[Case]:
+    if device == "cuda":
+        for batch in (1, 32, 256) if full else (1, 32):
+            yield Case("vgg16", "inference", batch, "bf16")
+        if full:
+            yield Case("vgg16", "inference", 32, "fp32")
+    else:
+        yield Case("vgg16", "inference", 1, "fp32")
+        if full:
+            yield Case("vgg16", "inference", 8, "fp32")
+            yield Case("vgg16", "inference", 1, "bf16")
+            yield Case("vgg16", "inference", 8, "bf16")
+    if full:
+        for model in ("vgg11", "vgg13", "vgg19"):
+            for batch in (32,) if device == "cuda" else (1, 8):
+                yield Case(model, "inference", batch, "bf16" if device == "cuda" else "fp32")
+
+
+def _training(device: str, full: bool) -> Iterator[Case]:
+    if device == "cuda":
+        for batch in (32, 256) if full else (32,):
+            yield Case("vgg16", "training", batch, "bf16")
+    elif full:
+        yield Case("vgg16", "training", 8, "fp32")
+        yield Case("vgg16", "training", 8, "bf16")
+    else:
+        yield Case("vgg16", "training", 1, "fp32")
+    if full:
+        for model in ("vgg11", "vgg13", "vgg19"):
+            yield Case(model, "training", 32 if device == "cuda" else 8, "bf16" if device == "cuda" else "fp32")
+
+
+def _layers(device: str, full: bool) -> Iterator[Case]:
+    dtype = "bf16" if device == "cuda" else "fp32"
+    tasks = LAYER_TASKS if full or device == "cpu" else ("forward", "forward+backward")
+    for batch in ((32, 256) if full else (32,)) if device == "cuda" else ((1, 8) if full else (1,)):
+        for task in tasks:
+            for layer in VGG16_LAYERS:
+                if task != "grad_input" or layer.c_in != 3:  # images need no gradient
+                    yield Case(layer.name, task, batch, dtype)
+
+
+def _memory(device: str, full: bool) -> Iterator[Case]:
+    if device == "cuda":
+        for batch in (32, 256) if full else (32,):
+            yield Case("vgg16", "training", batch, "bf16")
+    else:
+        yield Case("vgg16", "training", 8 if full else 1, "fp32")
+        if full:
+            yield Case("vgg16", "training", 8, "bf16")
+            yield Case("vgg16", "inference", 8, "fp32")
+
+
+def selected(group: Group, labels: set[str]) -> Group:
+    """The group with these contenders only, in its order; vggfast is always one, ratios are to it."""
+    chosen: tuple[Entry, ...] = tuple(e for e in group.entries if e.label in labels or e.label == VGGFAST.name)
+    return Group(group.part, group.case, chosen)
