@@ -56,9 +56,6 @@ class Effort:
     turn_s: float
 
 
-QUICK = Effort(min_rounds=3, max_rounds=7, seconds=3, turn_s=0.02)
-FULL = Effort(min_rounds=7, max_rounds=30, seconds=40, turn_s=0.2)
-
 
 class Listener:
     """Is told how a measurement proceeds; does nothing."""

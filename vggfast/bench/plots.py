@@ -1,0 +1,263 @@
+"""Results as pictures: networks by contender, layers beside each other and under the roofline, memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vggfast.bench.contenders import VGGFAST
+from vggfast.bench.layers import VGG16_LAYERS
+from vggfast.bench.measure import CONTROL
+from vggfast.bench.results import Json, contender, digest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OURS = VGGFAST.name
+TORCH = "torch channels_last"
+BLUE, GREY, DARK, ORANGE = "#1f6feb", "#b6bec9", "#4a5361", "#d9822b"
+ITEMSIZE = {"fp32": 4, "bf16": 2}
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+DIGEST = "vggfast-results"  # the field of a PNG's metadata that tells which results it shows
+
+
+def draw_all(data: Json, folder: Path) -> dict[str, Path]:
+    """Draw what ``data`` has into ``folder``; titles and files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {
+        "VGG16, inference and training": ("networks", networks(data)),
+        "VGG16's convolutions, forward and gradients": ("layers", layers(data)),
+        "Roofline of VGG16's convolutions": ("roofline", roofline(data)),
+        "Memory of a training step": ("memory", memory(data)),
+    }
+    paths = {}
+    for title, (name, figure) in drawn.items():
+        if figure is not None:
+            paths[title] = folder / f"{name}.png"
+            figure.savefig(paths[title], metadata={DIGEST: digest(data)})
+    return paths
+
+
+def shown(path: Path) -> str:
+    """The digest of the results that a picture was drawn from; empty if it was not drawn by ``draw_all``."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return str(image.info.get(DIGEST, ""))
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")  # no pyplot: no global backend
+
+
+def _bare(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _where(data: Json) -> str:
+    device = data["device"]
+    threads = next(iter(data["runs"].values()))["settings"]["threads"]
+    return device.get("gpu") or f"{device['cpu']}, {threads} threads"
+
+
+def title_of(case: Json) -> str:
+    return f"{case['task']}, {DTYPE_NAMES[case['dtype']]}, batch {case['batch']}"
+
+
+# ---- networks ------------------------------------------------------------------------------------------------------
+
+
+def networks(data: Json) -> Figure | None:
+    """A panel for each VGG16 group: a bar a contender, its 10th and 90th percentile as a whisker, the fastest on top."""
+    chosen = [g for g in data["groups"] if g["case"]["subject"] == "vgg16" and contender(g, OURS) and "seconds" in contender(g, OURS)]  # type: ignore[operator]
+    if not chosen:
+        return None
+    chosen.sort(key=lambda g: (g["case"]["task"], g["case"]["dtype"] != "fp32", g["case"]["batch"]))
+    bars = [[c for c in g["contenders"] if "seconds" in c and c["label"] != CONTROL] for g in chosen]
+    columns = min(2, len(chosen))
+    rows = -(-len(chosen) // columns)
+    tallest = [max(len(b) for b in bars[i * columns : (i + 1) * columns]) for i in range(rows)]
+    figure = _figure(5.6 * columns, 0.7 + sum(0.29 * n + 0.75 for n in tallest))
+    grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": [n + 1.6 for n in tallest]})
+    for axes, group, records in zip(grid.flat, chosen, bars, strict=False):
+        _network_panel(axes, group, records)
+    for axes in grid.flat[len(chosen) :]:
+        axes.set_axis_off()
+    figure.suptitle(f"VGG16, 224×224, milliseconds per image (shorter is faster)\n{_where(data)}", fontsize=11)
+    return figure
+
+
+def _network_panel(axes: Axes, group: Json, records: list[Json]) -> None:
+    batch = group["case"]["batch"]
+    records = sorted(records, key=lambda c: -c["seconds"]["median"])
+    per_image = [1e3 * c["seconds"]["median"] / batch for c in records]
+    low = [1e3 * (c["seconds"]["median"] - c["seconds"]["p10"]) / batch for c in records]
+    high = [1e3 * (c["seconds"]["p90"] - c["seconds"]["median"]) / batch for c in records]
+    half = [c["dtype"] != group["case"]["dtype"] for c in records]
+    colours = [BLUE if c["label"] == OURS else GREY for c in records]
+    bars = axes.barh([c["label"] for c in records], per_image, color=colours, height=0.72)
+    for bar, is_half in zip(bars, half, strict=True):
+        if is_half:  # less accuracy than the panel's dtype
+            bar.set_hatch("///")
+            bar.set_edgecolor("white")
+    places = range(len(records))
+    axes.errorbar(per_image, places, xerr=[low, high], fmt="none", ecolor=DARK, elinewidth=0.9, capsize=2)
+    ours = next(v for c, v in zip(records, per_image, strict=True) if c["label"] == OURS)
+    for place, record, value, above in zip(places, records, per_image, high, strict=True):
+        times = "" if record["label"] == OURS else f"  {value / ours:.2f}×"
+        axes.annotate(f"{value:.3g}{times}", (value + above, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_xlim(0, max(v + h for v, h in zip(per_image, high, strict=True)) * 1.24)
+    axes.set_title(title_of(group["case"]) + ("  (hatched: half precision)" if any(half) else ""), fontsize=9.5, loc="left")
+    axes.tick_params(axis="y", length=0, labelsize=8.5)
+    axes.tick_params(axis="x", labelsize=8)
+    _bare(axes)
+
+
+# ---- layers --------------------------------------------------------------------------------------------------------
+
+
+def _layer_groups(data: Json, task: str, batch: int) -> list[tuple[Any, Json, Json | None]]:
+    """(layer, our record, torch's record) for each layer that has the task."""
+    found = []
+    for layer in VGG16_LAYERS:
+        group = next((g for g in data["groups"] if (g["case"]["subject"], g["case"]["task"], g["case"]["batch"]) == (layer.name, task, batch)), None)
+        ours = contender(group, OURS)
+        if ours:
+            found.append((layer, ours, contender(group, TORCH)))
+    return found
+
+
+def _layer_batch(data: Json) -> int:
+    batches = [g["case"]["batch"] for g in data["groups"] if g["case"]["subject"].startswith("conv")]
+    return max(batches, default=0)
+
+
+def layers(data: Json) -> Figure | None:
+    """Speed of each layer beside torch channels_last, forward and both gradients: bars in direct GFLOP/s, the ratio above."""
+    batch = _layer_batch(data)
+    tasks = [t for t in ("forward", "grad_input", "grad_weight") if _layer_groups(data, t, batch)]
+    if not tasks:
+        return None
+    figure = _figure(10.5, 0.8 + 2.5 * len(tasks))
+    panels = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
+    for axes, task in zip(panels, tasks, strict=True):
+        _layer_panel(axes, data, task, batch)
+    panels[0].legend(loc="upper left", fontsize=8, frameon=False, ncols=3)
+    figure.suptitle(
+        f"VGG16's convolutions with ReLU and pool, batch {batch}: GFLOP/s counted as a direct convolution's; above, times torch's speed\n{_where(data)}",
+        fontsize=10.5,
+    )
+    return figure
+
+
+def _layer_panel(axes: Axes, data: Json, task: str, batch: int) -> None:
+    found = _layer_groups(data, task, batch)
+    names = [layer.name.removeprefix("conv") for layer, _, _ in found]
+    places = range(len(found))
+    axes.bar([p - 0.2 for p in places], [ours["gflops"] for _, ours, _ in found], 0.4, color=BLUE, label=OURS)
+    axes.bar([p + 0.2 for p in places], [theirs["gflops"] if theirs else 0 for _, _, theirs in found], 0.4, color=GREY, label=TORCH)
+    for place, (_, ours, theirs) in zip(places, found, strict=True):
+        if theirs:
+            top = max(ours["gflops"], theirs["gflops"])
+            axes.annotate(f"{ours['gflops'] / theirs['gflops']:.1f}×", (place, top), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
+    peak = _ceilings(data)["peak_gflops"].get(found[0][1]["dtype"])
+    if peak:
+        axes.axhline(peak, color=ORANGE, linewidth=1, linestyle="--", label="peak of multiply-adds")
+    axes.set_ylim(0, max([peak or 0, *(max(o["gflops"], t["gflops"] if t else 0) for _, o, t in found)]) * 1.18)
+    axes.set_xticks(list(places), names, fontsize=8.5)
+    axes.tick_params(axis="x", length=0)
+    axes.set_title(f"{task}, {DTYPE_NAMES[found[0][1]['dtype']]}", fontsize=9.5, loc="left")
+    axes.set_ylabel("GFLOP/s", fontsize=8.5)
+    axes.tick_params(axis="y", labelsize=8)
+    _bare(axes)
+
+
+# ---- roofline ------------------------------------------------------------------------------------------------------
+
+
+def _ceilings(data: Json) -> Json:
+    """Of the latest run."""
+    ceilings: Json = data["runs"][max(data["runs"])]["ceilings"]
+    return ceilings
+
+
+def roofline(data: Json) -> Figure | None:
+    """Forward of each layer: operations that were executed, over the bytes that must move, under the two ceilings."""
+    batch = _layer_batch(data)
+    found = _layer_groups(data, "forward", batch)
+    if not found:
+        return None
+    dtype, ceilings = found[0][1]["dtype"], _ceilings(data)
+    peak, bandwidth = ceilings["peak_gflops"].get(dtype), ceilings["dram_gbps"]
+    figure = _figure(8.6, 5.2)
+    axes = figure.subplots()
+    intensities = [0.5, peak / bandwidth, 4000]
+    axes.plot(intensities, [min(peak, bandwidth * i) for i in intensities], color=DARK, linewidth=1.4)
+    axes.annotate(f"peak {peak:.0f} GFLOP/s", (3900, peak), xytext=(0, 4), textcoords="offset points", ha="right", fontsize=8.5, color=DARK)
+    axes.annotate(f"memory {bandwidth:.0f} GB/s", (1.0, bandwidth), xytext=(6, -12), textcoords="offset points", fontsize=8.5, color=DARK)
+    _roofline_points(axes, found, batch, dtype)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(4, 1500)
+    rates = [o["gflops"] for _, o, _ in found] + [peak]
+    axes.set_ylim(min(rates) / 4, max(rates) * 1.8)
+    axes.set_xlabel("operations per byte moved (input, filters, output: once each)", fontsize=9)
+    axes.set_ylabel("GFLOP/s", fontsize=9)
+    axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    axes.legend(loc="lower right", fontsize=8.5, frameon=True)
+    axes.set_title(f"VGG16's convolutions with ReLU and pool, {DTYPE_NAMES[dtype]}, batch {batch}\n{_where(data)}", fontsize=10.5)
+    _bare(axes)
+    return figure
+
+
+def _roofline_points(axes: Axes, found: list[tuple[Any, Json, Json | None]], batch: int, dtype: str) -> None:
+    ours, direct, theirs = [], [], []
+    for layer, record, rival in found:
+        seconds, gigabytes = record["seconds"]["median"], layer.gigabytes(batch, ITEMSIZE[dtype])
+        executed = layer.winograd_gflop(batch) if "winograd" in record.get("kernel", "") else layer.gflop(batch)
+        ours.append((executed / gigabytes, executed / seconds, layer.name.removeprefix("conv")))
+        direct.append((layer.gflop(batch) / gigabytes, layer.gflop(batch) / seconds))
+        if rival:
+            theirs.append((layer.gflop(batch) / gigabytes, layer.gflop(batch) / rival["seconds"]["median"]))
+    for (x, y, _), (u, v) in zip(ours, direct, strict=True):
+        axes.plot([x, u], [y, v], color=BLUE, alpha=0.25, linewidth=0.8)
+    if theirs:
+        axes.scatter(*zip(*theirs, strict=True), s=34, color=GREY, edgecolor=DARK, linewidth=0.6, label=TORCH, zorder=3)
+    axes.scatter([p[0] for p in ours], [p[1] for p in ours], s=38, color=BLUE, label="vggfast, operations executed", zorder=4)
+    axes.scatter(*zip(*direct, strict=True), s=34, facecolor="white", edgecolor=BLUE, label="vggfast, counted as a direct convolution's", zorder=3)
+    for x, y, name in ours:
+        axes.annotate(name, (x, y), xytext=(4, -9), textcoords="offset points", fontsize=7.5, color=BLUE)
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def memory(data: Json) -> Figure | None:
+    """Saved activations and peak of every group of the part memory."""
+    chosen = [g for g in data["groups"] if any("peak_bytes" in c for c in g["contenders"])]
+    if not chosen:
+        return None
+    chosen.sort(key=lambda g: (g["case"]["task"] != "training", g["case"]["dtype"] != "fp32"))
+    bars = [sorted((c for c in g["contenders"] if "peak_bytes" in c), key=lambda c: -c["peak_bytes"]) for g in chosen]
+    figure = _figure(9.5, 0.9 + sum(0.42 * len(b) + 0.7 for b in bars))
+    panels = figure.subplots(len(chosen), 1, squeeze=False, gridspec_kw={"height_ratios": [len(b) + 1 for b in bars]})[:, 0]
+    for axes, group, records in zip(panels, chosen, bars, strict=True):
+        places = range(len(records))
+        is_ours = [c["label"] == OURS for c in records]
+        peaks, saved = [c["peak_bytes"] / 1e6 for c in records], [(c["saved_bytes"] or 0) / 1e6 for c in records]
+        axes.barh(list(places), peaks, 0.7, color=["#a9c8f8" if ours else "#dde1e6" for ours in is_ours])
+        axes.barh(list(places), saved, 0.7, color=[BLUE if ours else "#8d97a5" for ours in is_ours])
+        for place, kept, peak in zip(places, saved, peaks, strict=True):
+            text = f"{kept:.0f} saved, {peak:.0f} peak" if kept else f"{peak:.0f}"
+            axes.annotate(text, (peak, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set_yticks(list(places), [c["label"] for c in records], fontsize=8.5)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlim(0, max(peaks) * 1.25)
+        axes.set_title(title_of(group["case"]), fontsize=9.5, loc="left")
+        _bare(axes)
+    panels[-1].set_xlabel("MB: light, the most a run takes beyond weights and inputs; dark, what autograd keeps for the backward pass", fontsize=8.5)
+    figure.suptitle(f"VGG16's memory\n{_where(data)}", fontsize=10.5)
+    return figure

@@ -1,0 +1,246 @@
+"""The table of comparisons in README, from results: what was compared, how much faster, and where vggfast is slower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vggfast.bench.contenders import VGGFAST
+from vggfast.bench.layers import VGG16_LAYERS
+from vggfast.bench.measure import CONTROL
+from vggfast.bench.results import WHY_NOT, Json, contender, group
+from vggfast.bench.stats import Spread, ratios, spread
+
+OURS = VGGFAST.name
+TORCH = "torch channels_last"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. ``groups`` are summed up, round by round; the fastest of ``rivals`` is compared with."""
+
+    what: str
+    groups: tuple[str, ...]
+    rivals: tuple[str, ...]
+    field: str = "seconds"  # or "saved_bytes", "peak_bytes"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row with its numbers: seconds a batch, or bytes. ``ratio`` is the rival's over ours: above 1 is in our favour."""
+
+    row: Row
+    rival: str
+    ours: float
+    theirs: float
+    ratio: Spread
+    our_error: float
+    their_error: float
+
+
+def _layers(task: str, batch: int, dtype: str) -> tuple[str, ...]:
+    """The groups of all layers that have the task."""
+    chosen = [layer for layer in VGG16_LAYERS if task != "grad_input" or layer.c_in != 3]
+    return tuple(f"{layer.name} {task} {dtype} batch {batch}" for layer in chosen)
+
+
+COMPILED = (TORCH, "torch.compile")
+CPU_ROWS = [
+    Row("inference, float32, batch 8", ("vgg16 inference fp32 batch 8",), (*COMPILED, "onnxruntime", "openvino")),
+    Row("inference, float32, batch 8, against bfloat16", ("vgg16 inference fp32 batch 8",), ("openvino bf16",)),
+    Row("inference, float32, batch 1", ("vgg16 inference fp32 batch 1",), (*COMPILED, "onnxruntime", "openvino", "ncnn")),
+    Row("inference, float32, batch 1, against float16 weights", ("vgg16 inference fp32 batch 1",), ("ncnn half",)),
+    Row("inference, bfloat16, batch 8", ("vgg16 inference bf16 batch 8",), (*COMPILED, "openvino")),
+    Row("inference, bfloat16, batch 1", ("vgg16 inference bf16 batch 1",), (*COMPILED, "openvino")),
+    Row("the 13 convolutions, float32, batch 1", _layers("forward", 1, "fp32"), (TORCH,)),
+    Row("the 13 convolutions, float32, batch 8", _layers("forward", 8, "fp32"), (TORCH,)),
+    Row("their input gradients, float32, batch 8", _layers("grad_input", 8, "fp32"), (TORCH,)),
+    Row("their filter gradients, float32, batch 8", _layers("grad_weight", 8, "fp32"), (TORCH,)),
+    Row("training step, float32, batch 8", ("vgg16 training fp32 batch 8",), (*COMPILED, "torch NCHW")),
+    Row("training step, bfloat16 autocast, batch 8", ("vgg16 training bf16 batch 8",), COMPILED),
+    Row("saved activations, float32 training, batch 8", ("memory: vgg16 training fp32 batch 8",), (TORCH,), "saved_bytes"),
+    Row("peak memory, float32 training, batch 8", ("memory: vgg16 training fp32 batch 8",), (TORCH,), "peak_bytes"),
+]
+_GPU_RIVALS = (*COMPILED, "torch.compile max-autotune", "torch CUDA graph", "jax")
+GPU_ROWS = [
+    *[
+        Row(f"inference, bfloat16, batch {batch}", (f"vgg16 inference bf16 batch {batch}",), _GPU_RIVALS)
+        for batch in (1, 32, 256)
+    ],
+    *[
+        Row(f"training step, bfloat16 autocast, batch {batch}", (f"vgg16 training bf16 batch {batch}",), _GPU_RIVALS)
+        for batch in (32, 256)
+    ],
+    *[
+        Row(f"the 13 convolutions, bfloat16, batch {batch}", _layers("forward", batch, "bf16"), (TORCH, "cudnn_convolution_relu"))
+        for batch in (32, 256)
+    ],
+    *[
+        Row(f"saved activations, training, batch {batch}", (f"memory: vgg16 training bf16 batch {batch}",), (TORCH,), "saved_bytes")
+        for batch in (32, 256)
+    ],
+]  # fmt: skip
+
+
+def rows(data: Json) -> list[Row]:
+    return GPU_ROWS if "gpu" in data["device"] else CPU_ROWS
+
+
+def _per_round(data: Json, row: Row, label: str) -> tuple[list[float], float] | None:
+    """What a contender took in each round, summed over the row's groups, and its worst error; None if a group lacks it."""
+    columns: list[list[float]] = []
+    errors = []
+    for identifier in row.groups:
+        record = contender(group(data, identifier), label)
+        if record is None or not record.get("rounds" if row.field == "seconds" else row.field):
+            return None
+        columns.append(record["rounds"] if row.field == "seconds" else [float(record[row.field])])
+        errors.append(record["error"])
+    return [sum(values) for values in zip(*columns, strict=False)], max(errors)
+
+
+def compare(data: Json, row: Row) -> Comparison | None:
+    """The row's numbers, against the rival that is fastest (smallest); None where the results do not have it."""
+    ours = _per_round(data, row, OURS)
+    found = {rival: values for rival in row.rivals if (values := _per_round(data, row, rival))}
+    if ours is None or not found:
+        return None
+    best = min(found, key=lambda rival: spread(found[rival][0]).median)
+    theirs, error = found[best]
+    length = min(len(ours[0]), len(theirs))
+    return Comparison(
+        row, best, spread(ours[0]).median, spread(theirs).median, ratios(theirs[:length], ours[0][:length]), ours[1], error
+    )
+
+
+def control(data: Json) -> Spread | None:
+    """The ratio of vggfast to itself, over every group that has the control: what a ratio can be trusted to."""
+    seen = []
+    for each in data["groups"]:
+        first, again = contender(each, OURS), contender(each, CONTROL)
+        if first and again and "seconds" in first:
+            seen.append(again["seconds"]["median"] / first["seconds"]["median"])
+    return spread(seen) if seen else None
+
+
+def losses(data: Json) -> list[tuple[str, str, float]]:
+    """(group, rival, ratio) wherever a rival's median is below ours, the worst first. All groups count, not only README's rows."""
+    found = []
+    for each in data["groups"]:
+        ours = contender(each, OURS)
+        for rival in each["contenders"]:
+            record = contender(each, rival["label"])
+            if not ours or not record or rival["label"] in (OURS, CONTROL):
+                continue
+            for field in ("seconds", "saved_bytes", "peak_bytes"):
+                if ours.get(field) and record.get(field):
+                    mine, other = (r[field]["median"] if field == "seconds" else r[field] for r in (ours, record))
+                    if other < mine:
+                        what = each["id"] if field == "seconds" else f"{each['id']}, {field.replace('_bytes', '')}"
+                        found.append((what, rival["label"], other / mine))
+    return sorted(found, key=lambda loss: loss[2])
+
+
+def absent(data: Json) -> list[str]:
+    """Contenders that were not measured somewhere, with the reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for each in data["groups"]:
+        for record in each["contenders"]:
+            for why in WHY_NOT:
+                if why in record:
+                    reasons.setdefault((record["label"], f"{why}: {record[why]}"), []).append(each["id"])
+    return [f"{label} in {', '.join(ids)}: {reason}" for (label, reason), ids in reasons.items()]
+
+
+# ---- markdown ------------------------------------------------------------------------------------------------------
+
+
+def amount(value: float, field: str) -> str:
+    """As 61.3 ms or 290 MB: three significant digits."""
+    if field != "seconds":
+        return f"{value / 1e6:.0f} MB"
+    milliseconds = value * 1e3
+    return f"{milliseconds:.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
+
+
+def markdown(data: Json, pictures: dict[str, str]) -> str:
+    """README's section: the device, the table, where vggfast loses, pictures (title to path)."""
+    found = [comparison for row in rows(data) if (comparison := compare(data, row))]
+    lines = [*_preamble(data), ""]
+    lines += ["| VGG16 | fastest rival | | vggfast | ratio (10th to 90th percentile) | error: rival's, vggfast's |", "|---|---|---|---|---|---|"]
+    lines += [_line(comparison) for comparison in found]
+    lines += ["", *_losses(data), ""]
+    for title, path in pictures.items():
+        lines += [f"![{title}]({path})", ""]
+    return "\n".join(lines)
+
+
+def _line(c: Comparison) -> str:
+    span = f" ({c.ratio.p10:.2f} to {c.ratio.p90:.2f})" if c.row.field == "seconds" else ""
+    errors = f"{c.their_error:.0e}, {c.our_error:.0e}" if c.row.field == "seconds" else ""
+    theirs, ours = amount(c.theirs, c.row.field), amount(c.ours, c.row.field)
+    return f"| {c.row.what} | {c.rival} | {theirs} | {ours} | **{c.ratio.median:.2f}×**{span} | {errors} |"
+
+
+def _preamble(data: Json) -> Iterator[str]:
+    device = data["device"]
+    run = data["runs"][max(data["runs"])]
+    versions = run["versions"]
+    packages = [f"{name} {versions[name]}" for name in ("vggfast", "torch", "onnxruntime", "openvino", "ncnn", "jax") if name in versions]
+    threads = run["settings"]["threads"]
+    place = device.get("gpu") or f"{device['cpu']}, {device['cores']} cores, {threads} threads"
+    ceilings = run["ceilings"]
+    peaks = ", ".join(f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in ceilings["peak_gflops"].items())
+    yield f"Measured on **{place}**: {', '.join(packages)}. Ceilings of the same run: {peaks}, memory {ceilings['dram_gbps']:.0f} GB/s."
+    same = control(data)
+    if same:
+        yield (
+            f"vggfast against itself, as the control: {same.median:.2f}× ({same.p10:.2f} to {same.p90:.2f} over all comparisons). "
+            "Times are of a batch."
+        )
+
+
+def _losses(data: Json) -> Iterator[str]:
+    worse = losses(data)
+    yield "**Where vggfast loses.** " + (
+        f"In {len(worse)} of the comparisons, here with the rival's time (or bytes) over vggfast's:" if worse else "In none of the comparisons measured."
+    )
+    if worse:
+        yield ""
+        for (task, rival), cases in _by_task(worse).items():
+            yield f"- {rival}, {task}: " + ", ".join(f"{name} {ratio:.2f}×" for name, ratio in cases)
+    for reason in absent(data):
+        yield f"- Not measured: {reason}"
+
+
+def _by_task(worse: list[tuple[str, str, float]]) -> dict[tuple[str, str], list[tuple[str, float]]]:
+    """Losses by task and rival, so that thirteen layers are one line."""
+    grouped: dict[tuple[str, str], list[tuple[str, float]]] = {}
+    for identifier, rival, ratio in worse:
+        subject, _, task = identifier.partition(" ")
+        if subject == "memory:":
+            subject, task = "VGG16", identifier
+        grouped.setdefault((task, rival), []).append((subject, ratio))
+    return grouped
+
+
+def splice(text: str, section: str, begin: str, end: str) -> str:
+    """``text`` with what stands between the two marker lines replaced. Raises ValueError unless each marker is there once."""
+    for marker in (begin, end):
+        if text.count(marker) != 1:
+            raise ValueError(f"expected the line {marker!r} once, got it {text.count(marker)} times")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{section.strip()}\n{end}{rest.split(end)[1]}"
+
+
+def as_dict(comparison: Comparison) -> dict[str, Any]:
+    """For JSON and for people who compare runs."""
+    return {
+        "what": comparison.row.what,
+        "rival": comparison.rival,
+        "ratio": comparison.ratio._asdict(),
+        "ours": comparison.ours,
+        "theirs": comparison.theirs,
+        "our_error": comparison.our_error,
+    }
