@@ -1,4 +1,4 @@
-"""The command line, `python -m vggfast` or `vggfast`: info, explain, train. Thin: options in, the library's answer out."""
+"""The command line, `python -m vggfast` or `vggfast`: info, explain, bench, train. Thin: options in, the library's answer out."""
 
 import json
 import os
@@ -160,6 +160,44 @@ def _print_roofline(explanation: vggfast.Explanation, as_json: bool) -> None:
     typer.echo(
         json.dumps({"ceilings": asdict(ceilings), "rows": rows}, indent=2) if as_json else table(predictions, ceilings)
     )
+
+
+@app.command()
+def bench(
+    model: Annotated[Literal["vgg11", "vgg13", "vgg16", "vgg19"], typer.Option(help="The network.")] = "vgg16",
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="With --train, bf16 is autocast.")] = "fp32",
+    against: Annotated[
+        str | None,
+        typer.Option(help="Rivals, with commas: torch, compile, onnxruntime, openvino, ncnn; on a GPU also cudagraph, cudnn, jax."),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of every contender.")] = min(2, os.cpu_count() or 1),
+    layers: Annotated[bool, typer.Option("--layers", help="VGG16's convolutions one by one.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="A training step; with --layers the gradients too.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Peak memory and saved activations too.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw pictures into this folder.")] = None,
+) -> None:
+    """Compare speed with other runtimes: checked first, interleaved rounds, equal threads, each rival in its own process.
+
+    Rivals that are not installed are named. pip install "vggfast[bench]" brings them.
+    """
+    from vggfast.bench import BenchError
+    from vggfast.bench.command import bench as measure
+    from vggfast.bench.command import chosen_groups
+    from vggfast.recipes.train import choose_device
+
+    rivals = against.replace(" ", "").split(",") if against else None
+    with errors_for_users():
+        place: Any = choose_device(device).type
+        try:
+            groups = chosen_groups(model, batch, dtype, place, threads, rivals, layers, train, memory)
+            data = measure(groups, threads, Console(width=None if console.is_terminal else 150), json_file, plot)
+        except BenchError as error:
+            raise RecipeError(str(error)) from error
+    if any(c["label"] == "vggfast" and c.keys() & {"failed", "refused"} for g in data["groups"] for c in g["contenders"]):
+        raise typer.Exit(1)
 
 
 @app.command()

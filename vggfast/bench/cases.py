@@ -51,6 +51,9 @@ class Case:
     def with_dtype(self, dtype: Literal["fp32", "bf16"]) -> Case:
         return replace(self, dtype=dtype)
 
+    def with_task(self, task: Task) -> Case:
+        return replace(self, task=task)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -155,10 +158,11 @@ def plain_network(net: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Sequential(*net.features), net.avgpool, nn.Flatten(), nn.Sequential(*net.classifier))
 
 
-def wants_input_gradient(case: Case) -> bool:
-    """The first layer's input is an image, which nobody differentiates by."""
-    layer = case.layer
-    return layer is not None and layer.c_in != 3
+def expected(case: Case, reference: Outputs) -> Outputs:
+    """The part of a reference that the case's task must give."""
+    if case.layer:
+        return {name: reference[name] for name in outputs_of(case)}
+    return {name: value for name, value in reference.items() if not name.startswith(OWN_ERROR)}
 
 
 def reference(case: Case, weights: Path | None = None) -> Outputs:
@@ -188,16 +192,13 @@ def _training_outputs(case: Case, net: nn.Module, plain: nn.Module, x: Tensor) -
 
 
 def _reference_layer(case: Case, layer: Layer) -> Outputs:
+    """Everything that any task of the layer gives, so that one reference serves them all."""
     data = layer_data(case, 0).to(torch.float64)
-    if case.task == "forward":
-        with torch.inference_mode():
-            return {"y": plain_layer(data.x, data.weight, data.bias, layer.pool)}
     data.grad *= _decided(data, layer, DTYPES[case.dtype])
-    inputs = differentiated(case, data)
+    inputs = differentiated(case.with_task("forward+backward"), data)
     y = plain_layer(data.x, data.weight, data.bias, layer.pool)
     gradients = torch.autograd.grad(y, list(inputs.values()), data.grad)
-    outputs = {GIVEN: data.grad, **dict(zip(inputs, gradients, strict=True))}
-    return {"y": y.detach(), **outputs} if case.task == "forward+backward" else outputs
+    return {GIVEN: data.grad, "y": y.detach(), **dict(zip(inputs, gradients, strict=True))}
 
 
 def _decided(data: LayerData, layer: Layer, dtype: torch.dtype) -> Tensor:
@@ -220,22 +221,26 @@ def _decided(data: LayerData, layer: Layer, dtype: torch.dtype) -> Tensor:
 
 def differentiated(case: Case, data: LayerData) -> dict[str, Tensor]:
     """The tensors that the task differentiates by, made to require gradients, under the names of the gradients."""
-    chosen: dict[str, Tensor] = {}
-    if case.task == "grad_input" or (case.task == "forward+backward" and wants_input_gradient(case)):
-        chosen["grad of x"] = data.x
-    if case.task in ("grad_weight", "forward+backward"):
-        chosen |= {"grad of weight": data.weight, "grad of bias": data.bias}
+    tensors = {"grad of x": data.x, "grad of weight": data.weight, "grad of bias": data.bias}
+    chosen = {name: tensors[name] for name in outputs_of(case) if name != "y"}
     for tensor in chosen.values():
         tensor.requires_grad_()
     return chosen
+
+
+def outputs_of(case: Case) -> tuple[str, ...]:
+    """What a layer's task gives. The first layer's input is an image, which nobody differentiates by."""
+    layer = case.layer
+    assert layer is not None
+    x = () if layer.c_in == 3 else ("grad of x",)
+    filters = ("grad of weight", "grad of bias")
+    return {"forward": ("y",), "grad_input": x, "grad_weight": filters, "forward+backward": ("y", *x, *filters)}[case.task]
 
 
 def relative_errors(outputs: Outputs, expected: Outputs) -> dict[str, float]:
     """The L2 norm of the difference over that of the expected, for every expected output; infinite where one lacks or has NaN."""
     errors = {}
     for name, want in expected.items():
-        if name == GIVEN or name.startswith(OWN_ERROR):
-            continue
         got = outputs.get(name)
         if got is None or got.shape != want.shape:
             errors[name] = float("inf")

@@ -27,6 +27,7 @@ class Runner:
     setting: str
     clock: str = "cpu"
     version: str = ""
+    kernel: str = ""  # vggfast's, of a layer
     parameters: list[Any] = field(default_factory=list)  # of a network in torch: not counted as activations
 
 

@@ -116,12 +116,19 @@ class Lab:
         return self._files[name]
 
     def _reference(self, case: Case) -> Path:
-        same = case.with_dtype("fp32") if case.task == "inference" else case  # one answer for every dtype
+        same = case
+        if case.layer:
+            same = case.with_task("forward+backward")  # has what every task gives
+        elif case.task == "inference":
+            same = case.with_dtype("fp32")  # one answer for every dtype
         name = f"{same.id} {case.size} reference"
         if name not in self._files:
             path = self._folder / f"reference{len(self._files)}.safetensors"
-            weights = None if case.layer else str(self._weights(case))
-            self._utility("write_reference", case=case.to_dict(), weights=weights, path=str(path))
+            arguments = {"case": same.to_dict(), "weights": None if case.layer else str(self._weights(case)), "path": str(path)}
+            if case.layer:
+                self._layers_worker().ask("write_reference", **arguments)
+            else:
+                self._utility("write_reference", **arguments)
             self._files[name] = path
         return self._files[name]
 
@@ -216,12 +223,15 @@ class Lab:
     def _worker(self, entry: Entry, stack: ExitStack, allocator: dict[str, str]) -> Worker:
         if not entry.case.layer:
             return stack.enter_context(Worker(entry.label, self.threads, allocator))
+        return self._layers_worker()
+
+    def _layers_worker(self) -> Worker:
         if self._torch is None:
             self._torch = Worker("layers", self.threads)
         return self._torch
 
     def _check(self, entry: Entry, worker: Worker) -> Record:
-        reply = worker.ask("check", key=entry.label, reference=str(self._reference(entry.case)))
+        reply = worker.ask("check", key=entry.label, case=entry.case.to_dict(), reference=str(self._reference(entry.case)))
         return judge(entry, reply["errors"], reply["own_errors"], reply["follows_input"])
 
     def _rounds(
@@ -231,7 +241,8 @@ class Lab:
         for entry, worker in ready:
             once = worker.ask("time", key=entry.label, warmup=1, times=1, start=0)["seconds"][0]
             times = max(1, min(50, round(effort.turn_s / once)))
-            warmup = 1 if once < 0.5 else 0  # a cold cache or a sleeping thread costs a long run nothing
+            # A contender in its own process finds cold caches and sleeping threads, which cost a long run nothing.
+            warmup = 1 if once < 0.5 and not entry.case.layer else 0
             plan[entry.label] = (warmup, times)
             round_s += once * (warmup + times)
             worker.settle()
@@ -244,7 +255,8 @@ class Lab:
                 warmup, times = plan[entry.label]
                 with activity.turn(worker):
                     reply = worker.ask("time", key=entry.label, warmup=warmup, times=times, start=i)
-                    worker.settle()
+                    if len(ready) > 1 and not entry.case.layer:
+                        worker.settle()  # the next has the cores for itself; layers share one process and its threads
                 samples[entry.label].append(reply["seconds"])
         self.listener.round(group, rounds, rounds)
         return activity.summary()

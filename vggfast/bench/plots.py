@@ -22,17 +22,21 @@ DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 DIGEST = "vggfast-results"  # the field of a PNG's metadata that tells which results it shows
 
 
+PICTURES = {
+    "VGG16, inference and training": "networks",
+    "VGG16's convolutions, forward and gradients": "layers",
+    "Roofline of VGG16's convolutions": "roofline",
+    "Memory of VGG16": "memory",
+}
+
+
 def draw_all(data: Json, folder: Path) -> dict[str, Path]:
     """Draw what ``data`` has into ``folder``; titles and files."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {
-        "VGG16, inference and training": ("networks", networks(data)),
-        "VGG16's convolutions, forward and gradients": ("layers", layers(data)),
-        "Roofline of VGG16's convolutions": ("roofline", roofline(data)),
-        "Memory of a training step": ("memory", memory(data)),
-    }
+    drawing = {"networks": networks, "layers": layers, "roofline": roofline, "memory": memory}
     paths = {}
-    for title, (name, figure) in drawn.items():
+    for title, name in PICTURES.items():
+        figure = drawing[name](data)
         if figure is not None:
             paths[title] = folder / f"{name}.png"
             figure.savefig(paths[title], metadata={DIGEST: digest(data)})
@@ -108,7 +112,8 @@ def _network_panel(axes: Axes, group: Json, records: list[Json]) -> None:
     ours = next(v for c, v in zip(records, per_image, strict=True) if c["label"] == OURS)
     for place, record, value, above in zip(places, records, per_image, high, strict=True):
         times = "" if record["label"] == OURS else f"  {value / ours:.2f}×"
-        axes.annotate(f"{value:.3g}{times}", (value + above, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        number = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        axes.annotate(number + times, (value + above, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_xlim(0, max(v + h for v, h in zip(per_image, high, strict=True)) * 1.24)
     axes.set_title(title_of(group["case"]) + ("  (hatched: half precision)" if any(half) else ""), fontsize=9.5, loc="left")
     axes.tick_params(axis="y", length=0, labelsize=8.5)

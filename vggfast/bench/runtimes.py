@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vggfast.bench import BenchError, cases
@@ -112,15 +113,15 @@ def build_ncnn(case: Case, files: dict[str, str], half: bool = False) -> Runner:
     param = Path(files["ncnn"])
     if net.load_param(os.fspath(param)) or net.load_model(os.fspath(param.with_suffix(".bin"))):
         raise BenchError(f"ncnn: expected to load {param}, got an error")
-    mats = [ncnn.Mat(array[0]) for array in _arrays(case)]
+    mats = [ncnn.Mat(array[0]).clone() for array in _arrays(case)]  # the clone owns its memory, the Mat borrows the array's
 
     def run(buffer: int) -> Any:
         extractor = net.create_extractor()
         extractor.input("in0", mats[buffer])
-        return extractor.extract("out0")[1]
+        return np.array(extractor.extract("out0")[1])  # a copy: the extractor's memory goes with it
 
     def outputs(result: Any) -> dict[str, torch.Tensor]:
-        return {"scores": torch.from_numpy(result.numpy().copy()).reshape(1, -1)}
+        return {"scores": torch.from_numpy(result).reshape(1, -1)}
 
     setting = "converted by pnnx, " + ("default options: float16 weights" if half else "float16 off")
     return Runner(run, outputs, setting, version=ncnn.__version__)

@@ -15,7 +15,7 @@ PARTS = ("inference", "training", "layers", "memory")
 QUICK = {
     "inference": Effort(min_rounds=3, max_rounds=7, seconds=4, turn_s=0.02),
     "training": Effort(min_rounds=3, max_rounds=5, seconds=6, turn_s=0.02),
-    "layers": Effort(min_rounds=3, max_rounds=7, seconds=0.6, turn_s=0.005),
+    "layers": Effort(min_rounds=3, max_rounds=7, seconds=0.4, turn_s=0.005),
     "memory": Effort(1, 1, 1, 0.02),
 }
 FULL = {
@@ -29,7 +29,7 @@ FULL = {
 def groups(part: str, device: str, threads: int, full: bool) -> list[Group]:
     """The comparisons of a part on a device, "cpu" or "cuda"."""
     made = {"inference": _inference, "training": _training, "layers": _layers, "memory": _memory}[part](device, full)
-    return [compare(part, _with(case, device, threads), _against(case), full) for case in made]
+    return [compare(part, _with(case, device, threads), _against(case, full), full) for case in made]
 
 
 
@@ -38,9 +38,11 @@ def _with(case: Case, device: str, threads: int) -> Case:
     return Case(**values)
 
 
-def _against(case: Case) -> list[str] | None:
-    """Networks other than VGG16 meet torch only: what VGG16 shows of the others holds for them."""
-    return ["torch"] if case.subject in CONFIGS and case.subject != "vgg16" else None
+def _against(case: Case, full: bool) -> list[str] | None:
+    """Networks other than VGG16 meet torch only: what VGG16 shows of the others holds for them. In the quick form inference alone
+    meets everybody, since the others take long to set up."""
+    others = case.subject in CONFIGS and case.subject != "vgg16"
+    return ["torch"] if others or (not full and case.task == "training" and case.device == "cpu") else None
 
 
 def _inference(device: str, full: bool) -> Iterator[Case]:
@@ -79,8 +81,8 @@ def _layers(device: str, full: bool) -> Iterator[Case]:
     dtype = "bf16" if device == "cuda" else "fp32"
     tasks = LAYER_TASKS if full or device == "cpu" else ("forward", "forward+backward")
     for batch in ((32, 256) if full else (32,)) if device == "cuda" else ((1, 8) if full else (1,)):
-        for task in tasks:
-            for layer in VGG16_LAYERS:
+        for layer in VGG16_LAYERS:
+            for task in tasks:
                 if task != "grad_input" or layer.c_in != 3:  # images need no gradient
                     yield Case(layer.name, task, batch, dtype)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vggfast import ops
+from vggfast import _C, ops
 from vggfast.bench import cases
 from vggfast.bench.cases import BUFFERS, DTYPES, Case
 from vggfast.bench.contenders import Runner
@@ -30,6 +32,8 @@ def build(
     torch.set_num_threads(case.threads)
     torch.backends.cudnn.benchmark = True
     runner = _layer(case, files, engine, layout) if case.layer else _network(case, files, engine, layout, mode, graph)
+    if case.layer and engine == "vggfast":
+        runner.kernel = describe_kernel(case)
     if case.device == "cuda":
         runner.clock = "cuda"
         runner.setting += ", cudnn.benchmark"
@@ -144,11 +148,11 @@ def _graph(run: Callable[[int], Tensor], inputs: list[Tensor]) -> Callable[[int]
 def _layer(case: Case, files: dict[str, str], engine: str, layout: str) -> Runner:
     layer = case.layer
     assert layer is not None
-    data = [cases.layer_data(case, i) for i in range(BUFFERS)]
+    data = [copy(each) for each in _layer_data(case.subject, case.batch, case.dtype, case.device)]
     if case.task != "forward":
-        data[0].grad = load_file(files["reference"])[cases.GIVEN].to(data[0].grad.dtype)
-    data = [each.to(case.device) for each in data]
+        data[0].grad = load_file(files["reference"])[cases.GIVEN].to(data[0].grad)
     for each in data:
+        each.x, each.weight, each.bias = (t.detach() for t in (each.x, each.weight, each.bias))
         # The layer before hands its image over in channels_last where that is the network's layout; vggfast's always does.
         each.x, each.grad = (t.to(memory_format=getattr(torch, layout)) for t in (each.x, each.grad))
         if engine != "vggfast":
@@ -182,6 +186,13 @@ def _layer(case: Case, files: dict[str, str], engine: str, layout: str) -> Runne
     return Runner(run_backward, lambda result: _named(names, result), setting)
 
 
+@lru_cache(maxsize=1)
+def _layer_data(subject: str, batch: int, dtype: Any, device: Any) -> list[cases.LayerData]:
+    """The same for every contender and task, which is why the last are kept."""
+    case = Case(subject, "forward", batch, dtype, device)
+    return [cases.layer_data(case, i).to(device) for i in range(BUFFERS)]
+
+
 def _forward(engine: str) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
     if engine == "vggfast":
         return lambda x, weight, bias, pool: ops.conv3x3(x, weight, bias, pool=pool)
@@ -200,11 +211,12 @@ def _named(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> cases.Outputs
 
 
 def describe_kernel(case: Case) -> str:
-    """The kernel that vggfast takes for a layer's task; empty for a network."""
+    """The kernel that vggfast takes for a layer's task; of forward with backward, the forward one."""
     layer = case.layer
-    if layer is None:
-        return ""
+    assert layer is not None
     x = torch.empty(case.batch, layer.c_in, layer.size, layer.size, dtype=DTYPES[case.dtype], device=case.device)
     weight = torch.empty(layer.c_out, layer.c_in, 3, 3, dtype=x.dtype, device=x.device)
     decision = ops.conv3x3_kernel(x, weight, pool=layer.pool)
+    if decision.fused and case.device == "cpu" and case.task in ("grad_input", "grad_weight"):
+        return _C.cpu_plan(case.task, case.batch, layer.c_in, layer.c_out, layer.size, layer.size).partition(": ")[0]
     return decision.kernel if decision.fused else f"aten: {decision.reason}"

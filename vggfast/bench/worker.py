@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vggfast.bench import BenchError, cases, memory
-from vggfast.bench.cases import BUFFERS, Case
+from vggfast.bench.cases import BUFFERS, OWN_ERROR, Case
 from vggfast.bench.contenders import Runner
 
 Reply = dict[str, Any]
@@ -35,17 +35,18 @@ class Worker:
         module, function = builder.split(":")
         runner: Runner = getattr(importlib.import_module(module), function)(Case(**case), files, **options)
         self.runners[key] = runner
-        return {"setting": runner.setting, "version": runner.version}
+        return {"setting": runner.setting, "version": runner.version, **({"kernel": runner.kernel} if runner.kernel else {})}
 
-    def check(self, key: str, reference: str) -> Reply:
-        """Relative errors on buffer 0, torch's own beside them where the reference has them, and whether buffer 1 gives something else, as different data must."""
+    def check(self, key: str, case: dict[str, Any], reference: str) -> Reply:
+        """Relative errors on buffer 0, torch's own beside them where the reference has them, and whether buffer 1 gives
+        something else, as different data must."""
         from safetensors.torch import load_file
 
         runner = self.runners[key]
         outputs = runner.outputs(runner.run(0))
-        expected = load_file(reference)
-        errors = cases.relative_errors(outputs, expected)
-        own = {name.removeprefix(cases.OWN_ERROR): t.item() for name, t in expected.items() if name.startswith(cases.OWN_ERROR)}
+        answer = load_file(reference)
+        errors = cases.relative_errors(outputs, cases.expected(Case(**case), answer))
+        own = {name.removeprefix(OWN_ERROR): t.item() for name, t in answer.items() if name.startswith(OWN_ERROR)}
         name = next(iter(outputs))
         first = outputs[name].clone()
         again = runner.outputs(runner.run(1))[name]
