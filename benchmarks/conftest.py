@@ -15,11 +15,12 @@ import torch
 from rich.console import Console
 
 from vggfast import _C
-from vggfast.bench import machine, results, suites, tables
+from vggfast.bench import machine, suites, tables
 from vggfast.bench.measure import Effort, Entry, Group, Lab
 from vggfast.bench.results import Json
 
 MEASURED = pytest.StashKey[list[Json]]()
+BESIDE_CUDNN = pytest.StashKey[list[str]]()  # a line a layer, of test_cudnn.py
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,12 +75,14 @@ class Measurements:
 
     def contender(self, group: Group, entry: Entry) -> Json:
         if group.id not in self.records:
-            chosen = suites.selected(group, self._labels[group.id])
-            effort: Effort = self._effort[group.part]
-            measure = self._lab.measure_memory if group.part == "memory" else lambda g: self._lab.time(g, effort)
-            self.records[group.id] = measure(chosen)
+            self.records[group.id] = self.group(
+                suites.selected(group, self._labels[group.id]), self._effort[group.part]
+            )
         found: Json = next(c for c in self.records[group.id]["contenders"] if c["label"] == entry.label)
         return found
+
+    def group(self, group: Group, effort: Effort) -> Json:
+        return self._lab.measure_memory(group) if group.part == "memory" else self._lab.time(group, effort)
 
     def ceilings(self) -> Json:
         return self._lab.ceilings(device())
@@ -104,7 +107,9 @@ def replay(benchmark: Any, measurements: Measurements, group: Group, entry: Entr
         pytest.skip(f"{entry.label}: {record['missing']}")
     for why in ("refused", "failed"):
         assert why not in record, f"{entry.label}, {why} before it was timed: {record[why]}"
-    benchmark.extra_info.update({key: value for key, value in record.items() if key not in ("seconds", "rounds", "label")})
+    benchmark.extra_info.update(
+        {key: value for key, value in record.items() if key not in ("seconds", "rounds", "label")}
+    )
     benchmark.extra_info["ceilings"] = measurements.ceilings()
     CLOCK.runs = iter(record.get("rounds", [0.0]))
     benchmark.pedantic(CLOCK.replay, rounds=len(record.get("rounds", [0.0])))
@@ -118,6 +123,8 @@ def pytest_report_header() -> str:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Beside pytest-benchmark's tables, which have times only: ratios, errors, rates, and who is missing."""
+    for line in config.stash.get(BESIDE_CUDNN, []):
+        terminalreporter.line(line)
     groups = config.stash.get(MEASURED, [])
     if not groups:
         return

@@ -169,7 +169,9 @@ def bench(
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="With --train, bf16 is autocast.")] = "fp32",
     against: Annotated[
         str | None,
-        typer.Option(help="Rivals, with commas: torch, compile, onnxruntime, openvino, ncnn; on a GPU also cudagraph, cudnn, jax."),
+        typer.Option(
+            help="Rivals, with commas: torch, compile, onnxruntime, openvino, ncnn; on a GPU also cudagraph, cudnn, jax."
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of every contender.")] = min(2, os.cpu_count() or 1),
     layers: Annotated[bool, typer.Option("--layers", help="VGG16's convolutions one by one.")] = False,
@@ -196,7 +198,9 @@ def bench(
             data = measure(groups, threads, Console(width=None if console.is_terminal else 150), json_file, plot)
         except BenchError as error:
             raise RecipeError(str(error)) from error
-    if any(c["label"] == "vggfast" and c.keys() & {"failed", "refused"} for g in data["groups"] for c in g["contenders"]):
+    if any(
+        c["label"] == "vggfast" and c.keys() & {"failed", "refused"} for g in data["groups"] for c in g["contenders"]
+    ):
         raise typer.Exit(1)
 
 

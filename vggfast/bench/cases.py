@@ -155,7 +155,8 @@ def plain_network(net: nn.Module) -> nn.Module:
     """The same modules with the same parameters, called by torch one after the other."""
     if not isinstance(net, vggfast.models.VGG):
         return nn.Sequential(*net.children())
-    return nn.Sequential(nn.Sequential(*net.features), net.avgpool, nn.Flatten(), nn.Sequential(*net.classifier))
+    features, classifier = (nn.Sequential(*part.children()) for part in (net.features, net.classifier))
+    return nn.Sequential(features, net.avgpool, nn.Flatten(), classifier)
 
 
 def expected(case: Case, reference: Outputs) -> Outputs:
@@ -186,7 +187,7 @@ def reference(case: Case, weights: Path | None = None) -> Outputs:
 def _training_outputs(case: Case, net: nn.Module, plain: nn.Module, x: Tensor) -> Outputs:
     net.zero_grad()
     scores = plain(x)
-    F.cross_entropy(scores, targets(case, scores.shape[1])).backward()
+    torch.autograd.backward(F.cross_entropy(scores, targets(case, scores.shape[1])))
     gradients = {f"grad of {name}": p.grad for name, p in net.named_parameters() if p.grad is not None}
     return {"scores": scores.detach(), **gradients}
 
@@ -234,7 +235,9 @@ def outputs_of(case: Case) -> tuple[str, ...]:
     assert layer is not None
     x = () if layer.c_in == 3 else ("grad of x",)
     filters = ("grad of weight", "grad of bias")
-    return {"forward": ("y",), "grad_input": x, "grad_weight": filters, "forward+backward": ("y", *x, *filters)}[case.task]
+    return {"forward": ("y",), "grad_input": x, "grad_weight": filters, "forward+backward": ("y", *x, *filters)}[
+        case.task
+    ]
 
 
 def relative_errors(outputs: Outputs, expected: Outputs) -> dict[str, float]:

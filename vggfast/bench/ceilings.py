@@ -46,7 +46,8 @@ def _best_seconds(device: str, run: Any) -> float:
     run()
     while True:
         if device == "cuda":
-            begin, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            cuda: Any = torch.cuda
+            begin, done = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
             begin.record()
             run()
             done.record()

@@ -48,7 +48,8 @@ class Worker:
     def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
         """Send a request and wait for its answer. Raises BenchError with what the worker said, or how it died."""
         stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        assert stdin is not None
+        assert stdout is not None
         try:
             print(json.dumps({"request": request, **arguments}), file=stdin, flush=True)
             line = stdout.readline()

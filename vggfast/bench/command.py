@@ -40,10 +40,12 @@ def chosen_groups(
         return [(compare("layers", case, against), LAYER) for case in cases]
     case = Case(model, "training" if train else "inference", batch, dtype, device, threads)
     groups = [(compare("training" if train else "inference", case, against), NETWORK)]
-    return groups + [(compare("memory", case, against), NETWORK)] if memory else groups
+    return [*groups, (compare("memory", case, against), NETWORK)] if memory else groups
 
 
-def bench(groups: list[tuple[Group, Effort]], threads: int, console: Console, json: Path | None, plot: Path | None) -> Json:
+def bench(
+    groups: list[tuple[Group, Effort]], threads: int, console: Console, json: Path | None, plot: Path | None
+) -> Json:
     """Measure, show, and write what was asked for. Exit statuses are the caller's."""
     with tables.ProgressBar(console, len(groups)) as bar:
         data = session.run(groups, threads, bar, lambda _: bar.done())
@@ -55,7 +57,9 @@ def bench(groups: list[tuple[Group, Effort]], threads: int, console: Console, js
         console.print(f"disturbed: {line}", style="yellow", highlight=False, markup=False)
     (run,) = data["runs"].values()
     peaks = ", ".join(f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in run["ceilings"]["peak_gflops"].items())
-    console.print(f"ceilings: {peaks}; memory {run['ceilings']['dram_gbps']:.0f} GB/s, read plus written", highlight=False)
+    console.print(
+        f"ceilings: {peaks}; memory {run['ceilings']['dram_gbps']:.0f} GB/s, read plus written", highlight=False
+    )
     if json:
         results.save(data, json)
         console.print(f"{'data:':<16}{json}", highlight=False)

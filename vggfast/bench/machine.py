@@ -82,8 +82,8 @@ def describe(device: str) -> dict[str, Any]:
 def versions(device: str) -> dict[str, str]:
     found = {"python": platform.python_version(), "vggfast": vggfast.__version__, "torch": torch.__version__}
     if device == "cuda":
-        found["cuda"] = str(torch.version.cuda)
-        found["cudnn"] = str(torch.backends.cudnn.version())
+        cudnn: Any = torch.backends.cudnn
+        found |= {"cuda": str(torch.version.cuda), "cudnn": str(cudnn.version())}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -54,7 +53,6 @@ class Effort:
     max_rounds: int
     seconds: float
     turn_s: float
-
 
 
 class Listener:
@@ -124,7 +122,11 @@ class Lab:
         name = f"{same.id} {case.size} reference"
         if name not in self._files:
             path = self._folder / f"reference{len(self._files)}.safetensors"
-            arguments = {"case": same.to_dict(), "weights": None if case.layer else str(self._weights(case)), "path": str(path)}
+            arguments = {
+                "case": same.to_dict(),
+                "weights": None if case.layer else str(self._weights(case)),
+                "path": str(path),
+            }
             if case.layer:
                 self._layers_worker().ask("write_reference", **arguments)
             else:
@@ -137,7 +139,12 @@ class Lab:
         if name not in self._files:
             folder = self._folder / f"export{len(self._files)}"
             folder.mkdir()
-            arguments = {"kind": kind, "case": case.to_dict(), "weights": str(self._weights(case)), "folder": str(folder)}
+            arguments = {
+                "kind": kind,
+                "case": case.to_dict(),
+                "weights": str(self._weights(case)),
+                "folder": str(folder),
+            }
             self._files[name] = Path(self._utility("export", **arguments)["path"])
         return self._files[name]
 
@@ -231,7 +238,9 @@ class Lab:
         return self._torch
 
     def _check(self, entry: Entry, worker: Worker) -> Record:
-        reply = worker.ask("check", key=entry.label, case=entry.case.to_dict(), reference=str(self._reference(entry.case)))
+        reply = worker.ask(
+            "check", key=entry.label, case=entry.case.to_dict(), reference=str(self._reference(entry.case))
+        )
         return judge(entry, reply["errors"], reply["own_errors"], reply["follows_input"])
 
     def _rounds(
@@ -278,14 +287,15 @@ def judge(entry: Entry, errors: dict[str, float], own_errors: dict[str, float], 
 
 
 # A layer in float32 may use Winograd's 5e-6; a network adds up its layers. A network's gradients: an activation within rounding of
-# zero opens its ReLU in one computation and not in the other, and a tie within rounding sends a pool's gradient elsewhere. In
+# zero opens its ReLU in one computation and not in the other, and a tie within rounding sends a pool's gradient elsewhere; one of
+# these can be 1e-2 of a bias's gradient. (A layer's gradients are checked where no such decision is near, and so to 5e-6.) In
 # bfloat16 that is so frequent that a gradient may have twice the error that torch's own autocast has.
 TOLERANCES = {
     ("layer", "fp32"): 5e-6,
     ("layer", "bf16"): 5e-3,
     ("network", "fp32"): 5e-5,
     ("network", "bf16"): 5e-2,
-    ("gradients", "fp32"): 1e-2,
+    ("gradients", "fp32"): 5e-2,
 }
 
 
@@ -295,7 +305,9 @@ def _too_little_memory(entry: Entry) -> str:
     if case.layer or case.device != "cpu" or ":" in case.subject:
         return ""
     gigabyte = 1e9
-    needed = (1.8 if case.task == "inference" else 2.5) * gigabyte + 0.3 * gigabyte * case.batch * (case.size / 224) ** 2
+    needed = (1.8 if case.task == "inference" else 2.5) * gigabyte + 0.3 * gigabyte * case.batch * (
+        case.size / 224
+    ) ** 2
     if available_bytes() >= needed:
         return ""
     return f"expected {needed / gigabyte:.1f} GB of memory for its process, got {available_bytes() / gigabyte:.1f} GB"

@@ -54,7 +54,13 @@ def shown(path: Path) -> str:
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")  # no pyplot: no global backend
+    # No pyplot: it would pick a global backend.
+    return Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
+
+
+def _note(axes: Axes, text: str, place: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
+    """Text at a point of the data, moved by an offset in points."""
+    axes.annotate(text, place, xytext=offset, textcoords="offset points", **{"fontsize": 8, **style})
 
 
 def _bare(axes: Axes) -> None:
@@ -76,7 +82,8 @@ def title_of(case: Json) -> str:
 
 def networks(data: Json) -> Figure | None:
     """A panel for each VGG16 group: a bar a contender, its 10th and 90th percentile as a whisker, the fastest on top."""
-    chosen = [g for g in data["groups"] if g["case"]["subject"] == "vgg16" and contender(g, OURS) and "seconds" in contender(g, OURS)]  # type: ignore[operator]
+    vgg16 = [g for g in data["groups"] if g["case"]["subject"] == "vgg16"]
+    chosen = [g for g in vgg16 if "seconds" in (contender(g, OURS) or {})]
     if not chosen:
         return None
     chosen.sort(key=lambda g: (g["case"]["task"], g["case"]["dtype"] != "fp32", g["case"]["batch"]))
@@ -113,9 +120,10 @@ def _network_panel(axes: Axes, group: Json, records: list[Json]) -> None:
     for place, record, value, above in zip(places, records, per_image, high, strict=True):
         times = "" if record["label"] == OURS else f"  {value / ours:.2f}×"
         number = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-        axes.annotate(number + times, (value + above, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        _note(axes, number + times, (value + above, place), (4, 0), va="center")
     axes.set_xlim(0, max(v + h for v, h in zip(per_image, high, strict=True)) * 1.24)
-    axes.set_title(title_of(group["case"]) + ("  (hatched: half precision)" if any(half) else ""), fontsize=9.5, loc="left")
+    hatched = "  (hatched: half precision)" if any(half) else ""
+    axes.set_title(title_of(group["case"]) + hatched, fontsize=9.5, loc="left")
     axes.tick_params(axis="y", length=0, labelsize=8.5)
     axes.tick_params(axis="x", labelsize=8)
     _bare(axes)
@@ -128,7 +136,9 @@ def _layer_groups(data: Json, task: str, batch: int) -> list[tuple[Any, Json, Js
     """(layer, our record, torch's record) for each layer that has the task."""
     found = []
     for layer in VGG16_LAYERS:
-        group = next((g for g in data["groups"] if (g["case"]["subject"], g["case"]["task"], g["case"]["batch"]) == (layer.name, task, batch)), None)
+        wanted = (layer.name, task, batch)
+        same = (g for g in data["groups"] if (g["case"]["subject"], g["case"]["task"], g["case"]["batch"]) == wanted)
+        group = next(same, None)
         ours = contender(group, OURS)
         if ours:
             found.append((layer, ours, contender(group, TORCH)))
@@ -162,16 +172,16 @@ def _layer_panel(axes: Axes, data: Json, task: str, batch: int) -> None:
     found = _layer_groups(data, task, batch)
     names = [layer.name.removeprefix("conv") for layer, _, _ in found]
     places = range(len(found))
-    axes.bar([p - 0.2 for p in places], [ours["gflops"] for _, ours, _ in found], 0.4, color=BLUE, label=OURS)
-    axes.bar([p + 0.2 for p in places], [theirs["gflops"] if theirs else 0 for _, _, theirs in found], 0.4, color=GREY, label=TORCH)
-    for place, (_, ours, theirs) in zip(places, found, strict=True):
+    rates = [(ours["gflops"], theirs["gflops"] if theirs else 0.0) for _, ours, theirs in found]
+    axes.bar([p - 0.2 for p in places], [ours for ours, _ in rates], 0.4, color=BLUE, label=OURS)
+    axes.bar([p + 0.2 for p in places], [theirs for _, theirs in rates], 0.4, color=GREY, label=TORCH)
+    for place, (ours, theirs) in zip(places, rates, strict=True):
         if theirs:
-            top = max(ours["gflops"], theirs["gflops"])
-            axes.annotate(f"{ours['gflops'] / theirs['gflops']:.1f}×", (place, top), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
+            _note(axes, f"{ours / theirs:.1f}×", (place, max(ours, theirs)), (0, 2), ha="center")
     peak = _ceilings(data)["peak_gflops"].get(found[0][1]["dtype"])
     if peak:
         axes.axhline(peak, color=ORANGE, linewidth=1, linestyle="--", label="peak of multiply-adds")
-    axes.set_ylim(0, max([peak or 0, *(max(o["gflops"], t["gflops"] if t else 0) for _, o, t in found)]) * 1.18)
+    axes.set_ylim(0, max(peak or 0, *map(max, rates)) * 1.18)
     axes.set_xticks(list(places), names, fontsize=8.5)
     axes.tick_params(axis="x", length=0)
     axes.set_title(f"{task}, {DTYPE_NAMES[found[0][1]['dtype']]}", fontsize=9.5, loc="left")
@@ -201,8 +211,8 @@ def roofline(data: Json) -> Figure | None:
     axes = figure.subplots()
     intensities = [0.5, peak / bandwidth, 4000]
     axes.plot(intensities, [min(peak, bandwidth * i) for i in intensities], color=DARK, linewidth=1.4)
-    axes.annotate(f"peak {peak:.0f} GFLOP/s", (3900, peak), xytext=(0, 4), textcoords="offset points", ha="right", fontsize=8.5, color=DARK)
-    axes.annotate(f"memory {bandwidth:.0f} GB/s", (1.0, bandwidth), xytext=(6, -12), textcoords="offset points", fontsize=8.5, color=DARK)
+    _note(axes, f"peak {peak:.0f} GFLOP/s", (1450, peak), (0, 4), ha="right", fontsize=8.5, color=DARK)
+    _note(axes, f"memory {bandwidth:.0f} GB/s", (4.3, 4.3 * bandwidth), (8, -6), fontsize=8.5, color=DARK)
     _roofline_points(axes, found, batch, dtype)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -213,28 +223,35 @@ def roofline(data: Json) -> Figure | None:
     axes.set_ylabel("GFLOP/s", fontsize=9)
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.legend(loc="lower right", fontsize=8.5, frameon=True)
-    axes.set_title(f"VGG16's convolutions with ReLU and pool, {DTYPE_NAMES[dtype]}, batch {batch}\n{_where(data)}", fontsize=10.5)
+    what = f"VGG16's convolutions with ReLU and pool, {DTYPE_NAMES[dtype]}, batch {batch}"
+    axes.set_title(f"{what}\n{_where(data)}", fontsize=10.5)
     _bare(axes)
     return figure
 
 
 def _roofline_points(axes: Axes, found: list[tuple[Any, Json, Json | None]], batch: int, dtype: str) -> None:
-    ours, direct, theirs = [], [], []
+    executed, direct, theirs = [], [], []  # (operations a byte, GFLOP/s)
     for layer, record, rival in found:
-        seconds, gigabytes = record["seconds"]["median"], layer.gigabytes(batch, ITEMSIZE[dtype])
-        executed = layer.winograd_gflop(batch) if "winograd" in record.get("kernel", "") else layer.gflop(batch)
-        ours.append((executed / gigabytes, executed / seconds, layer.name.removeprefix("conv")))
-        direct.append((layer.gflop(batch) / gigabytes, layer.gflop(batch) / seconds))
+        seconds, gigabytes, gflop = (
+            record["seconds"]["median"],
+            layer.gigabytes(batch, ITEMSIZE[dtype]),
+            layer.gflop(batch),
+        )
+        products = layer.winograd_gflop(batch) if "winograd" in record.get("kernel", "") else gflop
+        executed.append((products / gigabytes, products / seconds))
+        direct.append((gflop / gigabytes, gflop / seconds))
         if rival:
-            theirs.append((layer.gflop(batch) / gigabytes, layer.gflop(batch) / rival["seconds"]["median"]))
-    for (x, y, _), (u, v) in zip(ours, direct, strict=True):
-        axes.plot([x, u], [y, v], color=BLUE, alpha=0.25, linewidth=0.8)
-    if theirs:
-        axes.scatter(*zip(*theirs, strict=True), s=34, color=GREY, edgecolor=DARK, linewidth=0.6, label=TORCH, zorder=3)
-    axes.scatter([p[0] for p in ours], [p[1] for p in ours], s=38, color=BLUE, label="vggfast, operations executed", zorder=4)
-    axes.scatter(*zip(*direct, strict=True), s=34, facecolor="white", edgecolor=BLUE, label="vggfast, counted as a direct convolution's", zorder=3)
-    for x, y, name in ours:
-        axes.annotate(name, (x, y), xytext=(4, -9), textcoords="offset points", fontsize=7.5, color=BLUE)
+            theirs.append((gflop / gigabytes, gflop / rival["seconds"]["median"]))
+        axes.plot(*zip(executed[-1], direct[-1], strict=True), color=BLUE, alpha=0.25, linewidth=0.8)
+        _note(axes, layer.name.removeprefix("conv"), executed[-1], (4, -9), fontsize=7.5, color=BLUE)
+    for points, face, edge, label in (
+        (theirs, GREY, DARK, TORCH),
+        (executed, BLUE, BLUE, "vggfast, operations executed"),
+        (direct, "white", BLUE, "vggfast, counted as a direct convolution's"),
+    ):
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, s=34, color=face, edgecolor=edge, linewidth=0.8, label=label, zorder=3)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -248,7 +265,8 @@ def memory(data: Json) -> Figure | None:
     chosen.sort(key=lambda g: (g["case"]["task"] != "training", g["case"]["dtype"] != "fp32"))
     bars = [sorted((c for c in g["contenders"] if "peak_bytes" in c), key=lambda c: -c["peak_bytes"]) for g in chosen]
     figure = _figure(9.5, 0.9 + sum(0.42 * len(b) + 0.7 for b in bars))
-    panels = figure.subplots(len(chosen), 1, squeeze=False, gridspec_kw={"height_ratios": [len(b) + 1 for b in bars]})[:, 0]
+    heights = {"height_ratios": [len(b) + 1 for b in bars]}
+    panels = figure.subplots(len(chosen), 1, squeeze=False, gridspec_kw=heights)[:, 0]
     for axes, group, records in zip(panels, chosen, bars, strict=True):
         places = range(len(records))
         is_ours = [c["label"] == OURS for c in records]
@@ -256,13 +274,21 @@ def memory(data: Json) -> Figure | None:
         axes.barh(list(places), peaks, 0.7, color=["#a9c8f8" if ours else "#dde1e6" for ours in is_ours])
         axes.barh(list(places), saved, 0.7, color=[BLUE if ours else "#8d97a5" for ours in is_ours])
         for place, kept, peak in zip(places, saved, peaks, strict=True):
-            text = f"{kept:.0f} saved, {peak:.0f} peak" if kept else f"{peak:.0f}"
-            axes.annotate(text, (peak, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+            _note(
+                axes,
+                f"{kept:.0f} saved, {peak:.0f} peak" if kept else f"{peak:.0f}",
+                (peak, place),
+                (4, 0),
+                va="center",
+            )
         axes.set_yticks(list(places), [c["label"] for c in records], fontsize=8.5)
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, max(peaks) * 1.25)
         axes.set_title(title_of(group["case"]), fontsize=9.5, loc="left")
         _bare(axes)
-    panels[-1].set_xlabel("MB: light, the most a run takes beyond weights and inputs; dark, what autograd keeps for the backward pass", fontsize=8.5)
+    panels[-1].set_xlabel(
+        "MB: light, the most a run takes beyond weights and inputs; dark, what autograd keeps for the backward pass",
+        fontsize=8.5,
+    )
     figure.suptitle(f"VGG16's memory\n{_where(data)}", fontsize=10.5)
     return figure

@@ -49,7 +49,9 @@ COMPILED = (TORCH, "torch.compile")
 CPU_ROWS = [
     Row("inference, float32, batch 8", ("vgg16 inference fp32 batch 8",), (*COMPILED, "onnxruntime", "openvino")),
     Row("inference, float32, batch 8, against bfloat16", ("vgg16 inference fp32 batch 8",), ("openvino bf16",)),
-    Row("inference, float32, batch 1", ("vgg16 inference fp32 batch 1",), (*COMPILED, "onnxruntime", "openvino", "ncnn")),
+    Row(
+        "inference, float32, batch 1", ("vgg16 inference fp32 batch 1",), (*COMPILED, "onnxruntime", "openvino", "ncnn")
+    ),
     Row("inference, float32, batch 1, against float16 weights", ("vgg16 inference fp32 batch 1",), ("ncnn half",)),
     Row("inference, bfloat16, batch 8", ("vgg16 inference bf16 batch 8",), (*COMPILED, "openvino")),
     Row("inference, bfloat16, batch 1", ("vgg16 inference bf16 batch 1",), (*COMPILED, "openvino")),
@@ -59,7 +61,12 @@ CPU_ROWS = [
     Row("their filter gradients, float32, batch 8", _layers("grad_weight", 8, "fp32"), (TORCH,)),
     Row("training step, float32, batch 8", ("vgg16 training fp32 batch 8",), (*COMPILED, "torch NCHW")),
     Row("training step, bfloat16 autocast, batch 8", ("vgg16 training bf16 batch 8",), COMPILED),
-    Row("saved activations, float32 training, batch 8", ("memory: vgg16 training fp32 batch 8",), (TORCH,), "saved_bytes"),
+    Row(
+        "saved activations, float32 training, batch 8",
+        ("memory: vgg16 training fp32 batch 8",),
+        (TORCH,),
+        "saved_bytes",
+    ),
     Row("peak memory, float32 training, batch 8", ("memory: vgg16 training fp32 batch 8",), (TORCH,), "peak_bytes"),
 ]
 _GPU_RIVALS = (*COMPILED, "torch.compile max-autotune", "torch CUDA graph", "jax")
@@ -110,7 +117,13 @@ def compare(data: Json, row: Row) -> Comparison | None:
     theirs, error = found[best]
     length = min(len(ours[0]), len(theirs))
     return Comparison(
-        row, best, spread(ours[0]).median, spread(theirs).median, ratios(theirs[:length], ours[0][:length]), ours[1], error
+        row,
+        best,
+        spread(ours[0]).median,
+        spread(theirs).median,
+        ratios(theirs[:length], ours[0][:length]),
+        ours[1],
+        error,
     )
 
 
@@ -168,7 +181,10 @@ def markdown(data: Json, pictures: dict[str, str]) -> str:
     """README's section: the device, the table, where vggfast loses, pictures (title to path)."""
     found = [comparison for row in rows(data) if (comparison := compare(data, row))]
     lines = [*_preamble(data), ""]
-    lines += ["| VGG16 | fastest rival | | vggfast | ratio (10th to 90th percentile) | error: rival's, vggfast's |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| VGG16 | fastest rival | | vggfast | ratio (10th to 90th percentile) | error: rival's, vggfast's |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [_line(comparison) for comparison in found]
     lines += ["", *_losses(data), ""]
     for title, path in pictures.items():
@@ -187,7 +203,11 @@ def _preamble(data: Json) -> Iterator[str]:
     device = data["device"]
     run = data["runs"][max(data["runs"])]
     versions = run["versions"]
-    packages = [f"{name} {versions[name]}" for name in ("vggfast", "torch", "onnxruntime", "openvino", "ncnn", "jax") if name in versions]
+    packages = [
+        f"{name} {versions[name]}"
+        for name in ("vggfast", "torch", "onnxruntime", "openvino", "ncnn", "jax")
+        if name in versions
+    ]
     threads = run["settings"]["threads"]
     place = device.get("gpu") or f"{device['cpu']}, {device['cores']} cores, {threads} threads"
     ceilings = run["ceilings"]
@@ -204,7 +224,9 @@ def _preamble(data: Json) -> Iterator[str]:
 def _losses(data: Json) -> Iterator[str]:
     worse = losses(data)
     yield "**Where vggfast loses.** " + (
-        f"In {len(worse)} of the comparisons, here with the rival's time (or bytes) over vggfast's:" if worse else "In none of the comparisons measured."
+        f"In {len(worse)} of the comparisons, here with the rival's time (or bytes) over vggfast's:"
+        if worse
+        else "In none of the comparisons measured."
     )
     if worse:
         yield ""

@@ -69,7 +69,9 @@ def load(path: Path) -> Json:
     except (OSError, json.JSONDecodeError) as error:
         raise BenchError(f"{path}: expected a file of results, got {error}") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise BenchError(f'{path}: expected "schema": {SCHEMA}, got {data.get("schema") if isinstance(data, dict) else data!r}')
+        raise BenchError(
+            f'{path}: expected "schema": {SCHEMA}, got {data.get("schema") if isinstance(data, dict) else data!r}'
+        )
     return data
 
 

@@ -41,9 +41,9 @@ def _export_ncnn(case: Case, weights: Path, folder: Path) -> Path:
 
     net = cases.plain_network(cases.network(case, weights).eval())
     with torch.no_grad():
-        torch.jit.trace(net, torch.zeros(1, 3, case.size, case.size)).save(folder / "network.pt")
-    tool = Path(pnnx.EXEC_PATH)
-    command = [tool, "network.pt", f"inputshape=[1,3,{case.size},{case.size}]", "fp16=0"]
+        jit: Any = torch.jit
+        jit.trace(net, torch.zeros(1, 3, case.size, case.size)).save(folder / "network.pt")
+    command = [str(pnnx.EXEC_PATH), "network.pt", f"inputshape=[1,3,{case.size},{case.size}]", "fp16=0"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     path = folder / "network.ncnn.param"
     for leftover in [*folder.glob("network.pnnx.*"), folder / "network.pt"]:
@@ -113,7 +113,9 @@ def build_ncnn(case: Case, files: dict[str, str], half: bool = False) -> Runner:
     param = Path(files["ncnn"])
     if net.load_param(os.fspath(param)) or net.load_model(os.fspath(param.with_suffix(".bin"))):
         raise BenchError(f"ncnn: expected to load {param}, got an error")
-    mats = [ncnn.Mat(array[0]).clone() for array in _arrays(case)]  # the clone owns its memory, the Mat borrows the array's
+    mats = [
+        ncnn.Mat(array[0]).clone() for array in _arrays(case)
+    ]  # the clone owns its memory, the Mat borrows the array's
 
     def run(buffer: int) -> Any:
         extractor = net.create_extractor()

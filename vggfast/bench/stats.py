@@ -35,5 +35,7 @@ def spread(values: Sequence[float]) -> Spread:
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
     """Round by round, so that what slows a whole round, a busy neighbour say, cancels. Raises ValueError for unequal lengths."""
     if len(numerators) != len(denominators):
-        raise ValueError(f"ratios: expected as many rounds of one as of the other, got {len(numerators)} and {len(denominators)}")
+        raise ValueError(
+            f"ratios: expected as many rounds of one as of the other, got {len(numerators)} and {len(denominators)}"
+        )
     return spread([n / d for n, d in zip(numerators, denominators, strict=True)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from vggfast.bench.cases import LAYER_TASKS, Case
 from vggfast.bench.contenders import VGGFAST
@@ -30,7 +31,6 @@ def groups(part: str, device: str, threads: int, full: bool) -> list[Group]:
     """The comparisons of a part on a device, "cpu" or "cuda"."""
     made = {"inference": _inference, "training": _training, "layers": _layers, "memory": _memory}[part](device, full)
     return [compare(part, _with(case, device, threads), _against(case, full), full) for case in made]
-
 
 
 def _with(case: Case, device: str, threads: int) -> Case:
@@ -78,7 +78,7 @@ def _training(device: str, full: bool) -> Iterator[Case]:
 
 
 def _layers(device: str, full: bool) -> Iterator[Case]:
-    dtype = "bf16" if device == "cuda" else "fp32"
+    dtype: Literal["fp32", "bf16"] = "bf16" if device == "cuda" else "fp32"
     tasks = LAYER_TASKS if full or device == "cpu" else ("forward", "forward+backward")
     for batch in ((32, 256) if full else (32,)) if device == "cuda" else ((1, 8) if full else (1,)):
         for layer in VGG16_LAYERS:

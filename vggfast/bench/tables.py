@@ -38,12 +38,18 @@ def group_table(group: Json) -> Table:
     in_memory = any("peak_bytes" in record for record in group["contenders"])
     table = Table(title=group["id"], title_justify="left", title_style="bold", header_style="bold")
     table.add_column("contender", no_wrap=True)
-    columns = ["saved MB", "peak MB"] if in_memory else ["ms", "p10–p90", "ms/image", "time / vggfast's", "GFLOP/s", "of ceiling"]
+    columns = (
+        ["saved MB", "peak MB"]
+        if in_memory
+        else ["ms", "p10–p90", "ms/image", "time / vggfast's", "GFLOP/s", "of ceiling"]
+    )
     for name in [*columns, "error"]:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("setting", style="dim", overflow="fold")
     for record in group["contenders"]:
-        label = Text(record["label"], style="bold" if record["label"] == OURS else "dim" if record["label"] == CONTROL else "")
+        label = Text(
+            record["label"], style="bold" if record["label"] == OURS else "dim" if record["label"] == CONTROL else ""
+        )
         why = next((f"{why}: {record[why]}" for why in WHY_NOT if why in record), None)
         error = f"{record['error']:.1e}" if "error" in record else ""
         if why:
@@ -51,7 +57,11 @@ def group_table(group: Json) -> Table:
         elif in_memory:
             saved = record["saved_bytes"]
             table.add_row(
-                label, "" if saved is None else f"{saved / 1e6:.1f}", f"{record['peak_bytes'] / 1e6:.1f}", error, record["setting"]
+                label,
+                "" if saved is None else f"{saved / 1e6:.1f}",
+                f"{record['peak_bytes'] / 1e6:.1f}",
+                error,
+                record["setting"],
             )
         else:
             table.add_row(label, *_timings(record, ours, case["batch"]), error, record["setting"])
@@ -78,17 +88,21 @@ def layer_table(groups: list[Json]) -> Table:
     measured = [{c["label"]: c for c in group["contenders"] if "seconds" in c} for group in groups]
     for name in ["layer", OURS, *rivals, "GFLOP/s", "of ceiling", "worst error"]:
         table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
-    totals = {label: sum(m[label]["seconds"]["median"] for m in measured) for label in labels if all(label in m for m in measured)}
+    totals = {
+        label: sum(m[label]["seconds"]["median"] for m in measured)
+        for label in labels
+        if all(label in m for m in measured)
+    }
     for group, found in zip(groups, measured, strict=True):
         ours = found.get(OURS)
         cells = [milliseconds(ours["seconds"]["median"]) if ours else _why(group, OURS)]
         for label in rivals:
-            record = found.get(label)
-            if record is None:
+            theirs = found.get(label)
+            if theirs is None:
                 cells.append(_why(group, label))
             else:
-                times = f"  {record['seconds']['median'] / ours['seconds']['median']:.2f}×" if ours else ""
-                cells.append(milliseconds(record["seconds"]["median"]) + times)
+                times = f"  {theirs['seconds']['median'] / ours['seconds']['median']:.2f}×" if ours else ""
+                cells.append(milliseconds(theirs["seconds"]["median"]) + times)
         cells += [f"{ours['gflops']:.0f}", f"{ours['ceiling_share']:.0%}"] if ours else ["", ""]
         errors = [c["error"] for c in group["contenders"] if "error" in c]
         table.add_row(group["case"]["subject"], *cells, f"{max(errors):.1e}" if errors else "")
@@ -102,7 +116,7 @@ def layer_table(groups: list[Json]) -> Table:
 
 def _why(group: Json, label: str) -> str:
     """In place of a time: missing, failed or refused; "" where the contender does not take the case."""
-    record = next((c for c in group["contenders"] if c["label"] == label), {})
+    record: Json = next((c for c in group["contenders"] if c["label"] == label), {})
     return next((why for why in WHY_NOT if why in record), "")
 
 

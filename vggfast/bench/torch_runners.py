@@ -48,7 +48,9 @@ def _network(case: Case, files: dict[str, str], engine: str, layout: str, mode: 
     net = cases.network(case, Path(files["weights"])).to(case.device)
     # vggfast takes images and filters as users have them; the others get the layout they are asked for.
     memory = torch.contiguous_format if engine == "vggfast" else getattr(torch, layout)
-    called = net if engine == "vggfast" else cases.plain_network(net).to(memory_format=memory)
+    called: Any = net if engine == "vggfast" else cases.plain_network(net)
+    if engine != "vggfast":
+        called = called.to(memory_format=memory)
     inputs = [cases.images(case, i).to(case.device, memory_format=memory) for i in range(BUFFERS)]
     setting = "NCHW in" if engine == "vggfast" else {"contiguous_format": "NCHW"}.get(layout, layout)
     if case.task == "inference":
@@ -113,7 +115,7 @@ def _training(case: Case, net: nn.Module, called: nn.Module, inputs: list[Tensor
         with autocast():
             scores: Tensor = called(inputs[buffer])
             loss = F.cross_entropy(scores.float(), target)
-        loss.backward()
+        torch.autograd.backward(loss)
         return scores
 
     return run
@@ -124,14 +126,15 @@ def _graph(run: Callable[[int], Tensor], inputs: list[Tensor]) -> Callable[[int]
     static = inputs[0].clone()
     originals = [x.clone() for x in inputs]
     inputs[0] = static
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    cuda: Any = torch.cuda
+    side = cuda.Stream()
+    side.wait_stream(cuda.current_stream())
+    with cuda.stream(side):
         for _ in range(3):
             run(0)
-    torch.cuda.current_stream().wait_stream(side)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
+    cuda.current_stream().wait_stream(side)
+    captured = cuda.CUDAGraph()
+    with cuda.graph(captured):
         scores = run(0)
 
     def replay(buffer: int) -> Tensor:
@@ -218,5 +221,6 @@ def describe_kernel(case: Case) -> str:
     weight = torch.empty(layer.c_out, layer.c_in, 3, 3, dtype=x.dtype, device=x.device)
     decision = ops.conv3x3_kernel(x, weight, pool=layer.pool)
     if decision.fused and case.device == "cpu" and case.task in ("grad_input", "grad_weight"):
-        return _C.cpu_plan(case.task, case.batch, layer.c_in, layer.c_out, layer.size, layer.size).partition(": ")[0]
+        plan: str = _C.cpu_plan(case.task, case.batch, layer.c_in, layer.c_out, layer.size, layer.size)
+        return plan.partition(": ")[0]
     return decision.kernel if decision.fused else f"aten: {decision.reason}"

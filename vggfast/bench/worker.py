@@ -35,7 +35,11 @@ class Worker:
         module, function = builder.split(":")
         runner: Runner = getattr(importlib.import_module(module), function)(Case(**case), files, **options)
         self.runners[key] = runner
-        return {"setting": runner.setting, "version": runner.version, **({"kernel": runner.kernel} if runner.kernel else {})}
+        return {
+            "setting": runner.setting,
+            "version": runner.version,
+            **({"kernel": runner.kernel} if runner.kernel else {}),
+        }
 
     def check(self, key: str, case: dict[str, Any], reference: str) -> Reply:
         """Relative errors on buffer 0, torch's own beside them where the reference has them, and whether buffer 1 gives
@@ -75,8 +79,9 @@ class Worker:
         """Between two events; the L2 cache is overwritten before, and the device is kept busy while the host enqueues."""
         if self._flush is None:
             self._flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
+        cuda: Any = torch.cuda
+        begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        cuda.synchronize()
         self._flush.zero_()
         begin.record()
         runner.run(buffer)
