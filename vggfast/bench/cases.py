@@ -248,7 +248,7 @@ def relative_errors(outputs: Outputs, expected: Outputs) -> dict[str, float]:
         if got is None or got.shape != want.shape:
             errors[name] = float("inf")
             continue
-        want = want.double()
-        error = float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
+        got, want = got.detach().double(), want.detach().double()
+        error = float((got - want).norm() / want.norm().clamp_min(1e-30))
         errors[name] = error if error == error else float("inf")
     return errors

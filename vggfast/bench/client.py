@@ -15,8 +15,7 @@ from typing import Any
 from vggfast.bench import BenchError
 from vggfast.bench.contenders import ALLOCATOR
 
-IDLE_S = 0.004  # a look at a worker's CPU time
-IDLE_SHARE = 0.05  # less CPU than this over IDLE_S: nothing spins
+LOOK_S = 0.001  # between two looks at a worker's threads
 SETTLE_S = 2.0
 
 
@@ -76,15 +75,23 @@ class Worker:
             raise BenchError(f"{self.name}: its process has ended: {self._tail()}") from error
 
     def settle(self) -> None:
-        """Wait until its threads have stopped spinning, so that the next worker has the cores for itself."""
+        """Wait until no thread of it runs or wants to, so that the next worker has the cores for itself; SETTLE_S at most."""
         deadline = time.monotonic() + SETTLE_S
-        before = self.cpu_seconds()
-        while time.monotonic() < deadline:
-            time.sleep(IDLE_S)
-            after = self.cpu_seconds()
-            if after - before < IDLE_SHARE * IDLE_S:
-                return
-            before = after
+        asleep = 0
+        while asleep < 2 and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+            asleep = 0 if self._runnable() else asleep + 1
+
+    def _runnable(self) -> bool:
+        """Whether a thread is in state R. Unlike CPU time this tells a spinning thread also where others keep it from running."""
+        for thread in Path(f"/proc/{self._process.pid}/task").iterdir():
+            try:
+                state = (thread / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:  # it ended meanwhile
+                continue
+            if state == "R":
+                return True
+        return False
 
     def close(self) -> None:
         if self._process.stdin:

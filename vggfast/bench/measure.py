@@ -87,6 +87,7 @@ class Lab:
         self.listener = listener or Listener()
         self._folder = Path(tempfile.mkdtemp(prefix="vggfast-bench-"))
         self._torch: Worker | None = None  # all contenders of single layers share torch's threads, and so one process
+        self._helper: Worker | None = None  # for what is not timed; ended before timing
         self._files: dict[str, Path] = {}
         self._ceilings: dict[str, Record] = {}
 
@@ -94,6 +95,7 @@ class Lab:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
+        self._end_helper()
         if self._torch:
             self._torch.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -101,9 +103,15 @@ class Lab:
     # ---- files ----
 
     def _utility(self, request: str, **arguments: Any) -> Record:
-        """Something that is not timed, in a process of its own whose memory is free again afterwards."""
-        with Worker(request, self.threads) as worker:
-            return worker.ask(request, **arguments)
+        """Something that is not timed, in a process whose memory is free again before anything is."""
+        if self._helper is None:
+            self._helper = Worker("helper", self.threads)
+        return self._helper.ask(request, **arguments)
+
+    def _end_helper(self) -> None:
+        if self._helper:
+            self._helper.close()
+        self._helper = None
 
     def _weights(self, case: Case) -> Path:
         name = f"{case.subject} weights"
@@ -160,9 +168,9 @@ class Lab:
     def ceilings(self, device: str, dtypes: Sequence[str] = ("fp32", "bf16")) -> Record:
         """What the machine can do at most; measured once in a run."""
         if device not in self._ceilings:
-            self._ceilings[device] = self._utility(
-                "measure_ceilings", device=device, threads=self.threads, dtypes=list(dtypes)
-            )
+            arguments = {"device": device, "threads": self.threads, "dtypes": list(dtypes)}
+            self._ceilings[device] = self._utility("measure_ceilings", **arguments)
+            self._end_helper()
         return self._ceilings[device]
 
     # ---- measurements ----
@@ -172,6 +180,7 @@ class Lab:
         with ExitStack() as stack:
             ready, records = self._set_up(group, stack, ALLOCATOR)
             samples: dict[str, list[list[float]]] = {entry.label: [] for entry, _ in ready}
+            self._end_helper()
             activity = self._rounds(group, effort, ready, samples) if ready else None
         for entry, _ in ready:
             records[entry.label] |= _timing(entry.case, samples[entry.label], self.ceilings(entry.case.device))
@@ -189,6 +198,7 @@ class Lab:
             with ExitStack() as stack:
                 ready, record = self._set_up(Group(group.part, group.case, (entry,)), stack, memory.ALLOCATOR)
                 records |= record
+                self._end_helper()
                 for _, worker in ready:
                     records[entry.label] |= worker.ask("measure_memory", key=entry.label, case=entry.case.to_dict())
         return {"id": group.id, "case": group.case.to_dict(), "contenders": list(records.values()), "activity": None}

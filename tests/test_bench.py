@@ -1,0 +1,378 @@
+"""The measurement code: what is checked before it is timed, who is named where it cannot run, statistics, results, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vggfast.bench import BenchError, cases, contenders, machine, measure, memory, results, stats, suites
+from vggfast.bench.cases import Case
+from vggfast.bench.client import Worker
+from vggfast.bench.contenders import VGGFAST, Contender, find
+from vggfast.bench.layers import VGG16_LAYERS, conv_layers
+from vggfast.bench.measure import Effort, Entry, Group, Lab
+
+ONCE = Effort(min_rounds=2, max_rounds=2, seconds=0.1, turn_s=0)
+LAYER = Case("conv5_3", "forward", 1)
+TINY = Case("bench_contenders:tiny", "inference", 2, size=32)
+
+
+def planted(name: str) -> Contender:
+    return Contender(name, "test", f"bench_contenders:{name}", tasks=("forward",))
+
+
+def group_of(case: Case, *chosen: Contender) -> Group:
+    return Group("layers", case, tuple(Entry(c.name, c, case) for c in chosen))
+
+
+# ---- statistics ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("percent", [0, 10, 37.5, 50, 90, 100])
+def test_percentiles_are_numpys(percent):
+    values = torch.rand(17, generator=torch.Generator().manual_seed(0)).tolist()
+    assert stats.percentile(values, percent) == pytest.approx(np.percentile(values, percent))
+
+
+def test_percentiles_without_values_or_outside_their_range():
+    with pytest.raises(ValueError, match="at least one value"):
+        stats.percentile([], 50)
+    with pytest.raises(ValueError, match="expected 0 … 100, got 101"):
+        stats.percentile([1.0], 101)
+
+
+def test_a_slow_round_cancels_in_the_ratio():
+    ours, theirs = [1.0, 1.0, 10.0, 1.0], [2.0, 2.0, 20.0, 2.0]
+    assert stats.ratios(theirs, ours) == (2.0, 2.0, 2.0)
+    with pytest.raises(ValueError, match="got 4 and 3"):
+        stats.ratios(theirs, ours[:3])
+
+
+# ---- what is computed ----------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_layers():
+    assert [len(conv_layers(model)) for model in ("vgg11", "vgg13", "vgg16", "vgg19")] == [8, 10, 13, 16]
+    assert [layer.name for layer in VGG16_LAYERS if layer.pool] == [
+        "conv1_2",
+        "conv2_2",
+        "conv3_3",
+        "conv4_3",
+        "conv5_3",
+    ]
+    assert VGG16_LAYERS[3] == ("conv2_2", 128, 128, 112, True)
+    assert sum(layer.gflop(1) for layer in VGG16_LAYERS) == pytest.approx(30.693, abs=1e-3)  # 15.35 GMAC
+    assert VGG16_LAYERS[1].winograd_gflop(8) == pytest.approx(VGG16_LAYERS[1].gflop(8) / 4)
+    assert VGG16_LAYERS[12].winograd_gflop(1) == pytest.approx(VGG16_LAYERS[12].gflop(1) / 4 * (16 / 14) ** 2)
+
+
+def test_operations_of_a_training_step_leave_out_the_images_gradient():
+    inference, training = (Case("vgg16", task, 1).gflop() for task in ("inference", "training"))
+    assert inference == pytest.approx(30.94, abs=0.01)
+    assert training == pytest.approx(3 * inference - VGG16_LAYERS[0].gflop(1))
+
+
+def test_data_are_the_same_in_every_process_and_others_in_every_buffer():
+    first, again, other = cases.layer_data(LAYER, 0), cases.layer_data(LAYER, 0), cases.layer_data(LAYER, 1)
+    assert torch.equal(first.x, again.x)
+    assert torch.equal(first.weight, other.weight)
+    assert not torch.equal(first.x, other.x)
+
+
+@pytest.mark.parametrize("name", ["conv1_1", "conv5_3"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_where_decisions_are_near_no_gradient_is_given(name, dtype):
+    """So gradients of a layer can be checked to rounding: float32's own decisions give the float64 gradient."""
+    case = Case(name, "forward+backward", 1, dtype)
+    answer = cases.reference(case)
+    given = answer[cases.GIVEN]
+    assert 0.9 < (given != 0).double().mean() < 1
+    data = cases.layer_data(case, 0).to(torch.float32)
+    inputs = cases.differentiated(case, data)
+    y = cases.plain_layer(data.x, data.weight, data.bias, case.layer.pool)
+    found = dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), given.float()), strict=True))
+    errors = cases.relative_errors({"y": y, **found}, cases.expected(case, answer))
+    assert set(errors) == set(cases.outputs_of(case))
+    assert max(errors.values()) < 5e-6
+
+
+def test_an_error_is_infinite_where_an_output_lacks_is_nan_or_has_another_shape():
+    want = {"a": torch.ones(3), "b": torch.ones(3), "c": torch.ones(3), "d": torch.ones(3)}
+    got = {"a": torch.tensor([1, 1, 1.5]), "b": torch.tensor([1, 1, float("nan")]), "c": torch.ones(1, 3)}
+    assert cases.relative_errors(got, want) == {
+        "a": pytest.approx(0.5 / 3**0.5),
+        "b": float("inf"),
+        "c": float("inf"),
+        "d": float("inf"),
+    }
+
+
+def test_an_unknown_network_is_refused():
+    with pytest.raises(BenchError, match=r"expected vgg11, .*got vgg12"):
+        cases.network(Case("vgg12", "inference", 1))
+
+
+# ---- who competes --------------------------------------------------------------------------------------------------
+
+
+def test_a_rival_that_is_not_installed_is_named_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert find("openvino").missing() == 'not installed: openvino, onnx, onnxscript; pip install "vggfast[bench]"'
+    assert VGGFAST.missing() == ""
+
+
+def test_rivals_by_case():
+    names = lambda *a, **k: [c.name for c in contenders.rivals(*a, **k)]  # noqa: E731
+    assert names(Case("vgg16", "inference", 1)) == [
+        "torch channels_last",
+        "torch NCHW",
+        "torch.compile",
+        "onnxruntime",
+        "openvino",
+        "ncnn",
+    ]
+    assert "ncnn" not in names(Case("vgg16", "inference", 8))
+    assert names(Case("vgg16", "training", 8, "bf16")) == ["torch channels_last", "torch.compile"]
+    assert names(Case("conv3_2", "grad_input", 1)) == ["torch channels_last", "torch NCHW"]
+    assert names(Case("conv3_2", "forward", 32, "bf16", "cuda")) == ["torch channels_last", "cudnn_convolution_relu"]
+    gpu = Case("vgg16", "inference", 32, "bf16", "cuda")
+    assert {"torch.compile max-autotune", "torch CUDA graph", "jax"} <= set(names(gpu))
+    assert "torch.compile max-autotune" not in names(gpu, full=False)
+    assert names(Case("vgg16", "inference", 1), ["openvino", "ncnn"]) == ["openvino", "ncnn"]
+    with pytest.raises(BenchError, match=r"expected some of torch, .* got tensorflow"):
+        contenders.rivals(gpu, ["tensorflow"])
+
+
+def test_a_comparison_has_its_control_and_half_precision_beside_float32():
+    labels = [entry.label for entry in measure.compare("inference", Case("vgg16", "inference", 1)).entries]
+    assert labels[:2] == ["vggfast", "vggfast again"]
+    assert labels[-2:] == ["openvino bf16", "ncnn half"]
+    assert measure.CONTROL not in [e.label for e in measure.compare("memory", Case("vgg16", "training", 1)).entries]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("full", [False, True])
+def test_every_part_has_groups_with_names_of_their_own(device, full):
+    names = [group.id for part in suites.PARTS for group in suites.groups(part, device, 2, full)]
+    assert len(names) == len(set(names))
+    for part in suites.PARTS:
+        assert suites.groups(part, device, 2, full)
+        assert suites.QUICK[part].seconds <= suites.FULL[part].seconds
+
+
+# ---- checking and timing -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lab():
+    with Lab(threads=1) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def measured(lab):
+    """One group with everything that can happen to a contender."""
+    absent = Contender("absent", "test", "no:builder", packages=("no_such_package",))
+    names = ["wrong_at_one_place", "not_a_number", "remembers", "chatty", "raises"]
+    chosen = [VGGFAST, find("torch channels_last"), *map(planted, names), absent]
+    return {c["label"]: c for c in lab.time(group_of(LAYER, *chosen), ONCE)["contenders"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "why"),
+    [
+        (
+            "wrong_at_one_place",
+            "refused",
+            "relative error of y: expected at most 5.0e-06 against float64, got 1.00e-01",
+        ),
+        ("not_a_number", "refused", "got inf"),
+        ("remembers", "refused", "expected other outputs for other inputs, got the same"),
+        ("raises", "failed", "RuntimeError: cannot be set up"),
+        ("absent", "missing", "not installed: no_such_package"),
+    ],
+)
+def test_who_is_wrong_or_cannot_run_is_not_timed_but_named(measured, name, field, why):
+    assert why in measured[name][field]
+    assert "seconds" not in measured[name]
+
+
+@pytest.mark.parametrize("name", ["vggfast", "torch channels_last", "chatty"])
+def test_who_is_right_is_timed_and_its_error_is_kept(measured, name):
+    record = measured[name]
+    assert 0 < record["seconds"]["p10"] <= record["seconds"]["median"] <= record["seconds"]["p90"]
+    assert len(record["rounds"]) == 2
+    assert 1e-9 < record["error"] <= record["tolerance"] == 5e-6
+    assert record["gflops"] == pytest.approx(LAYER.gflop() / record["seconds"]["median"])
+    assert 0 < record["ceiling_share"] < 4.5  # Winograd has up to four times fewer operations than are counted
+    assert ("winograd" in record.get("kernel", "")) == (name == "vggfast")
+
+
+def test_gradients_of_a_layer_are_checked_to_rounding(lab):
+    case = Case("conv5_1", "forward+backward", 1)
+    for record in lab.time(group_of(case, VGGFAST, find("torch NCHW")), ONCE)["contenders"]:
+        assert record["error"] <= record["tolerance"] == 5e-6
+        assert record["seconds"]["median"] > 0
+
+
+@pytest.mark.parametrize("task", ["inference", "training"])
+def test_a_network_end_to_end_in_processes_of_their_own(lab, task):
+    """With whatever of the extra "bench" is installed; the others are named."""
+    case = dataclasses.replace(TINY, task=task)
+    runtimes = [find("onnxruntime"), find("openvino")] if task == "inference" else []
+    record = lab.time(group_of(case, VGGFAST, find("torch channels_last"), *runtimes), ONCE)
+    assert {"idle_workers", "other_programs", "stolen", "seconds"} == set(record["activity"])
+    for contender in record["contenders"]:
+        installed = not find(contender["label"]).missing()
+        assert ("seconds" in contender) == installed, contender
+        if not installed:
+            assert contender["missing"].startswith("not installed: ")
+
+
+def test_bfloat16_training_may_have_twice_torchs_own_error(lab):
+    case = dataclasses.replace(TINY, task="training", dtype="bf16")
+    (record,) = lab.time(group_of(case, VGGFAST), ONCE)["contenders"]
+    assert 1e-4 < record["error"] <= record["tolerance"] < 0.1
+    judged = measure.judge(Entry("x", VGGFAST, case), {"a": 0.05, "b": 0.01}, {"a": 0.03, "b": 0.004}, True)
+    assert "relative error of b: expected at most 8.0e-03" in judged["refused"]
+
+
+def test_a_process_that_dies_is_reported_with_its_status():
+    with (
+        Worker("dies", 1) as worker,
+        pytest.raises(BenchError, match="dies: its process ended with status 7 at prepare"),
+    ):
+        worker.ask("prepare", key="x", builder="bench_contenders:dies", case=LAYER.to_dict(), files={}, options={})
+
+
+def test_the_next_turn_waits_until_threads_have_stopped_spinning():
+    from bench_contenders import SPIN_S
+
+    with Worker("spins", 1) as worker:
+        worker.ask("prepare", key="x", builder="bench_contenders:spins", case=LAYER.to_dict(), files={}, options={})
+        worker.ask("time", key="x", warmup=0, times=1, start=0)
+        before = worker.cpu_seconds()
+        worker.settle()
+        assert worker.cpu_seconds() - before > SPIN_S / 2
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_saved_activations_are_counted_once_and_without_parameters():
+    """Eager: the convolution's output, shared with the in-place ReLU; the pool's int64 indices. vggfast: the pooled output, 2 bits."""
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    modules = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+    parameters = list(modules[0].parameters())
+    pooled = 2 * 16 * 4 * 4
+    for network, expected in (
+        (nn.Sequential(*modules), 4 * (x.numel() + 2 * 16 * 8 * 8) + 8 * pooled),
+        (vgg_like(*modules), 4 * (x.numel() + pooled) + pooled // 4),
+    ):
+        with memory.Saved(parameters) as saved:
+            network(x)
+        assert saved.bytes == expected
+
+
+def vgg_like(*modules: nn.Module) -> nn.Module:
+    import vggfast
+
+    return vggfast.FusedSequential(*modules)
+
+
+def test_peak_memory_of_a_run(lab):
+    case = dataclasses.replace(TINY, task="training", batch=64)
+    group = dataclasses.replace(group_of(case, VGGFAST, find("torch channels_last")), part="memory")
+    ours, torchs = lab.measure_memory(group)["contenders"]
+    assert 0 < ours["saved_bytes"] < torchs["saved_bytes"] < torchs["peak_bytes"] < 200e6
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "name", "expected"),
+    [
+        ("AuthenticAMD", 25, 17, "AMD EPYC", "AMD EPYC (zen4)"),
+        ("AuthenticAMD", 26, 2, "AMD EPYC 9755 128-Core Processor", "AMD EPYC 9755 (zen5)"),
+        (
+            "GenuineIntel",
+            6,
+            143,
+            "Intel(R) Xeon(R) Platinum 8480C CPU @ 2.00GHz",
+            "Intel Xeon Platinum 8480C (sapphirerapids)",
+        ),
+        ("Other", 1, 1, "Some CPU", "Some"),
+    ],
+)
+def test_the_name_of_a_processor(vendor, family, model, name, expected):
+    info = {"vendor_id": vendor, "cpu family": str(family), "model": str(model), "model name": name}
+    assert machine.cpu_name(info) == expected
+
+
+def test_the_folder_of_this_machine(monkeypatch):
+    monkeypatch.setattr(
+        machine,
+        "cpu_info",
+        lambda: {"vendor_id": "AuthenticAMD", "cpu family": "25", "model": "17", "model name": "AMD EPYC"},
+    )
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    assert machine.slug("cpu") == "amd-epyc-zen4-2core"
+
+
+def test_cpu_time_of_others_is_told_apart_from_that_of_the_active_worker():
+    class Fake:
+        used = 0.0
+
+        def cpu_seconds(self) -> float:
+            return self.used
+
+    active, idle = Fake(), Fake()
+    activity = machine.Activity([active, idle])
+    with activity.turn(active):
+        time.sleep(0.05)
+        active.used += 1.0
+        idle.used += 0.02  # spins while it should be idle
+    summary = activity.summary()
+    assert summary["idle_workers"] == pytest.approx(0.02 / (summary["seconds"] * machine.os.cpu_count()), rel=0.2)
+
+
+# ---- results -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_replaces_its_groups_and_leaves_the_others(tmp_path):
+    old = {
+        "schema": 1,
+        "device": {},
+        "runs": {"1": {"a": 1}, "0": {}},
+        "groups": [{"id": "x", "run": "1"}, {"id": "y", "run": "0"}],
+    }
+    merged = results.merge(old, "2", {"b": 2}, [{"id": "y", "new": 1 / 3}, {"id": "z"}])
+    assert [(g["id"], g["run"]) for g in merged["groups"]] == [("x", "1"), ("y", "2"), ("z", "2")]
+    assert set(merged["runs"]) == {"1", "2"}  # nothing refers to run 0 any more
+    results.save(merged, tmp_path / "folder" / "part.json")
+    assert results.load(tmp_path / "folder" / "part.json")["groups"][1]["new"] == 0.33333
+    assert (
+        results.load_folder(tmp_path / "folder")["groups"] == results.load(tmp_path / "folder" / "part.json")["groups"]
+    )
+
+
+def test_what_is_no_result_is_refused(tmp_path):
+    with pytest.raises(BenchError, match="expected files of results, got none"):
+        results.load_folder(tmp_path)
+    path = tmp_path / "x.json"
+    for text, message in (
+        ("{", "expected a file of results"),
+        (json.dumps({"schema": 99}), 'expected "schema": 1, got 99'),
+        ("[]", "got"),
+    ):
+        path.write_text(text)
+        with pytest.raises(BenchError, match=message):
+            results.load(path)

@@ -1,0 +1,271 @@
+"""Results as README's table, as pictures, as tables in a terminal; and README is what the committed results say."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vggfast import cli
+from vggfast.bench import plots, report, results, session, tables
+from vggfast.bench.cases import Case
+from vggfast.bench.measure import compare
+
+ROOT = Path(__file__).parents[1]
+SLOWNESS = {"vggfast": 1.0, "vggfast again": 1.02, "openvino bf16": 1.25, "openvino": 2.5, "torch channels_last": 3.0}
+
+
+def timed(label: str, dtype: str, case: Case) -> dict:
+    times = SLOWNESS.get(label, 4.0)
+    rounds = [1e-3 * times * case.batch * factor for factor in (1.0, 1.1, 0.9)]
+    gflop = case.gflop() or 1.0
+    return {
+        "label": label, "dtype": dtype, "setting": "fast", "version": "1", "kernel": "cpu avx512 winograd F(4x4,3x3)",
+        "error": 1e-6 * times, "error_of": "scores", "tolerance": 5e-5, "seconds": {"median": rounds[0], "p10": rounds[2], "p90": rounds[1]},
+        "rounds": rounds, "runs": 3, "gflops": gflop / rounds[0], "gbps": 1.0, "ceiling_share": 0.5,
+    }  # fmt: skip
+
+
+def sample() -> dict:
+    """Results with every row of README's table, in which vggfast is the faster one."""
+    groups = []
+    for row in report.CPU_ROWS:
+        for identifier in row.groups:
+            part = "memory" if identifier.startswith("memory: ") else "inference"
+            subject, task, dtype, _, batch = identifier.removeprefix("memory: ").split()
+            case = Case(subject, task, int(batch), dtype)
+            records = [timed(entry.label, entry.case.dtype, case) for entry in compare(part, case).entries]
+            for record in records if part == "memory" else []:
+                del record["seconds"], record["rounds"]
+                record |= {
+                    "saved_bytes": int(100e6 * SLOWNESS.get(record["label"], 4)),
+                    "peak_bytes": int(900e6 * SLOWNESS.get(record["label"], 4)),
+                }
+            group = {"id": identifier, "case": case.to_dict(), "run": "now", "activity": None, "contenders": records}
+            groups += [] if identifier in [g["id"] for g in groups] else [group]
+    run = {
+        "versions": {"vggfast": "0.1.0", "torch": "2.11", "openvino": "2026"},
+        "settings": {"threads": 2},
+        "ceilings": {"peak_gflops": {"fp32": 250.0, "bf16": 480.0}, "dram_gbps": 40.0},
+    }
+    device = {"slug": "some-cpu", "cpu": "Some CPU", "cores": 2}
+    return {"schema": 1, "device": device, "runs": {"now": run}, "groups": groups}
+
+
+@pytest.fixture
+def data() -> dict:
+    return sample()
+
+
+def of(data: dict, identifier: str, label: str) -> dict:
+    return next(c for c in results.group(data, identifier)["contenders"] if c["label"] == label)
+
+
+# ---- README's table ------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_there_with_the_fastest_rival(data):
+    found = {row.what: report.compare(data, row) for row in report.CPU_ROWS}
+    assert None not in found.values()
+    best = found["inference, float32, batch 8"]
+    assert (best.rival, best.ratio.median, best.ours) == ("openvino", pytest.approx(2.5), pytest.approx(8e-3))
+    assert found["inference, float32, batch 8, against bfloat16"].ratio.median == pytest.approx(1.25)
+    convolutions = found["the 13 convolutions, float32, batch 8"]
+    assert convolutions.ours == pytest.approx(13 * 8e-3)  # summed up
+    assert found["their input gradients, float32, batch 8"].ours == pytest.approx(12 * 8e-3)  # the images have none
+    assert found["saved activations, float32 training, batch 8"].ratio.median == pytest.approx(3.0)
+    section = report.markdown(data, {"Networks": "networks.png"})
+    assert (
+        "| inference, float32, batch 8 | openvino | 20 ms | 8 ms | **2.50×** (2.50 to 2.50) | 2e-06, 1e-06 |" in section
+    )
+    assert (
+        "| saved activations, float32 training, batch 8 | torch channels_last | 300 MB | 100 MB | **3.00×** |  |"
+        in section
+    )
+    assert "![Networks](networks.png)" in section
+    assert "In none of the comparisons measured." in section
+    assert "**Some CPU, 2 cores, 2 threads**: vggfast 0.1.0, torch 2.11, openvino 2026" in section
+    assert "1.02× (1.02 to 1.02" in section
+
+
+def test_where_vggfast_loses_is_said(data):
+    of(data, "conv4_1 forward fp32 batch 1", "torch NCHW")["seconds"]["median"] = 0.5e-3
+    of(data, "memory: vgg16 training fp32 batch 8", "torch NCHW")["peak_bytes"] = 90_000_000
+    assert report.losses(data) == [
+        ("memory: vgg16 training fp32 batch 8, peak", "torch NCHW", pytest.approx(0.1)),
+        ("conv4_1 forward fp32 batch 1", "torch NCHW", pytest.approx(0.5)),
+    ]
+    section = report.markdown(data, {})
+    assert "In 2 of the comparisons" in section
+    assert "- torch NCHW, forward fp32 batch 1: conv4_1 0.50×" in section
+
+
+def test_the_control_is_no_loss_and_shows_what_a_ratio_is_worth(data):
+    for group in data["groups"]:
+        for record in group["contenders"]:
+            if record["label"] == "vggfast again":
+                record["seconds"]["median"] *= 0.9
+    assert report.losses(data) == []
+    assert report.control(data).median == pytest.approx(1.02 * 0.9)
+
+
+def test_who_is_missing_refused_or_failed_is_neither_best_nor_silent(data):
+    for identifier in ("vgg16 inference fp32 batch 8", "vgg16 inference fp32 batch 1"):
+        record = of(data, identifier, "openvino")
+        record["refused"] = "relative error 1"
+    best = report.compare(data, report.CPU_ROWS[0])
+    assert best.rival == "torch channels_last"
+    text = report.markdown(data, {})
+    assert (
+        "- Not measured: openvino in vgg16 inference fp32 batch 8, vgg16 inference fp32 batch 1: refused: relative error 1"
+        in text
+    )
+
+
+def test_a_row_without_data_is_left_out(data):
+    data["groups"] = [g for g in data["groups"] if g["id"] != "conv3_2 forward fp32 batch 1"]
+    assert "the 13 convolutions, float32, batch 1 " not in report.markdown(data, {})
+    assert report.compare(data, report.Row("x", ("nothing",), ("torch NCHW",))) is None
+
+
+def test_the_section_replaces_what_is_between_the_markers():
+    assert report.splice("a\n<b>\nold\n<e>\nz\n", "new\n", "<b>", "<e>") == "a\n<b>\nnew\n<e>\nz\n"
+    for text in ("no markers", "<b> <b> <e>"):
+        with pytest.raises(ValueError, match="expected the line '<b>' once"):
+            report.splice(text, "new", "<b>", "<e>")
+
+
+# ---- pictures and tables -------------------------------------------------------------------------------------------
+
+
+def test_pictures_know_which_results_they_show(data, tmp_path):
+    drawn = plots.draw_all(data, tmp_path)
+    assert {path.name for path in drawn.values()} == {"networks.png", "layers.png", "roofline.png", "memory.png"}
+    for path in drawn.values():
+        assert plots.shown(path) == results.digest(data)
+        assert path.stat().st_size > 10_000
+    other = copy.deepcopy(data)
+    of(other, "vgg16 inference fp32 batch 8", "vggfast")["seconds"]["median"] *= 2
+    assert results.digest(other) != results.digest(data)
+
+
+def test_bars_are_as_long_as_the_times_and_the_control_is_not_drawn(data):
+    axes = plots.networks(data).axes
+    panel = next(a for a in axes if a.get_title(loc="left").startswith("inference, float32, batch 8"))
+    lengths = dict(
+        zip((t.get_text() for t in panel.get_yticklabels()), (bar.get_width() for bar in panel.patches), strict=True)
+    )
+    assert "vggfast again" not in lengths
+    assert (lengths["vggfast"], lengths["openvino"]) == (pytest.approx(1.0), pytest.approx(2.5))
+
+
+def test_nothing_is_drawn_of_nothing(data):
+    nothing = {**data, "groups": []}
+    assert [draw(nothing) for draw in (plots.networks, plots.layers, plots.roofline, plots.memory)] == [None] * 4
+
+
+def shown(*found) -> str:
+    console = Console(width=200)
+    with console.capture() as captured:
+        for table in found:
+            console.print(table)
+    return captured.get()
+
+
+def test_tables_have_time_ratio_error_and_who_is_missing(data):
+    group = results.group(data, "vgg16 inference fp32 batch 8")
+    of(data, group["id"], "onnxruntime").clear()
+    group["contenders"] = [
+        c or {"label": "onnxruntime", "dtype": "fp32", "missing": "not installed: onnxruntime"}
+        for c in group["contenders"]
+    ]
+    text = "".join(" ".join(line.split()) + "\n" for line in shown(tables.group_table(group)).splitlines())
+    assert "│ openvino │ 20.0 │ 18.0–22.0 │ 2.500 │ 2.50× (2.50–2.50) │" in text
+    assert "2.5e-06" in text
+    assert "missing: not installed: onnxruntime" in text
+    assert tables.reasons([group]) == ["onnxruntime: missing: not installed: onnxruntime"]
+    layers = [g for g in data["groups"] if g["case"]["subject"].startswith("conv")]
+    summed = shown(*tables.tables(layers))
+    assert "grad_weight, fp32, batch 8" in summed
+    assert "3.00×" in summed
+
+
+def test_a_disturbed_group_is_told():
+    quiet = {"id": "a", "activity": {"idle_workers": 0.01, "other_programs": 0.02, "stolen": 0.0}}
+    loud = {"id": "b", "activity": {"idle_workers": 0.0, "other_programs": 0.4, "stolen": 0.1}}
+    assert tables.disturbances([quiet, loud, {"id": "c", "activity": None}]) == [
+        "b: other programs 40%, stolen 10% of the processors' time"
+    ]
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_bench_shows_a_table_and_writes_data_and_pictures(data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(session, "run", lambda groups, *rest: asked.extend(groups) or data)
+    arguments = ["bench", "--model", "vgg13", "--batch", "2", "--against", "torch, openvino", "--train", "--memory"]
+    done = CliRunner().invoke(
+        cli.app, [*arguments, "--device", "cpu", "--json", str(tmp_path / "x.json"), "--plot", str(tmp_path)]
+    )
+    assert done.exit_code == 0, done.output
+    assert [group.id for group, _ in asked] == ["vgg13 training fp32 batch 2", "memory: vgg13 training fp32 batch 2"]
+    assert [entry.label for entry in asked[0][0].entries] == [
+        "vggfast",
+        "vggfast again",
+        "torch channels_last",
+        "torch NCHW",
+    ]
+    assert "openvino bf16" in done.stdout
+    assert json.loads((tmp_path / "x.json").read_text())["groups"]
+    assert (tmp_path / "roofline.png").exists()
+
+
+def test_bench_of_layers_and_an_unknown_rival(data, monkeypatch):
+    asked = []
+    monkeypatch.setattr(session, "run", lambda groups, *rest: asked.extend(groups) or data)
+    assert CliRunner().invoke(cli.app, ["bench", "--layers", "--train", "--device", "cpu"]).exit_code == 0
+    assert len(asked) == 4 * 13 - 1
+    done = CliRunner().invoke(cli.app, ["bench", "--against", "tensorflow", "--device", "cpu"])
+    assert done.exit_code == 2
+    assert "got tensorflow" in done.stderr
+
+
+def test_bench_fails_where_vggfast_is_wrong(data, monkeypatch):
+    of(data, "vgg16 inference fp32 batch 8", "vggfast")["refused"] = "relative error 1"
+    monkeypatch.setattr(session, "run", lambda *arguments: data)
+    assert CliRunner().invoke(cli.app, ["bench", "--device", "cpu"]).exit_code == 1
+
+
+# ---- README --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    import report as found
+
+    return found
+
+
+def test_readme_says_what_the_committed_results_say(script):
+    text = script.README.read_text()
+    section = script.section(script.RESULTS / script.README_DEVICE)
+    assert report.splice(text, section, script.BEGIN, script.END) == text, (
+        "README differs: run python benchmarks/report.py"
+    )
+
+
+def test_committed_pictures_show_the_committed_results(script):
+    for folder in (path for path in script.RESULTS.iterdir() if path.is_dir()):
+        pictures = list(folder.glob("*.png"))
+        assert pictures
+        for path in pictures:
+            assert plots.shown(path) == results.digest(results.load_folder(folder)), (
+                f"{path}: run python benchmarks/report.py"
+            )
