@@ -262,7 +262,7 @@ def test_readme_says_what_the_committed_results_say(script):
 
 
 def test_committed_pictures_show_the_committed_results(script):
-    for folder in (path for path in script.RESULTS.iterdir() if path.is_dir()):
+    for folder in script.measured_devices():
         pictures = list(folder.glob("*.png"))
         assert pictures
         for path in pictures:

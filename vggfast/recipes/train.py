@@ -198,7 +198,7 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_factor(step, total)
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self.scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=config.amp == "fp16")
         self.autocast = torch.autocast(device.type, AMP_DTYPES[config.amp], enabled=config.amp != "none")
         self.epoch, self.step = 0, 0
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
