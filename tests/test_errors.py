@@ -229,6 +229,16 @@ def test_plans_of_impossible_sizes_are_refused(sizes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
+    "sizes", [(1, 2**40, 1, 1, 2**40 - 2), (2**20, 8, 8, 2**20, 8), (1, 2**20, 2**20, 8, 8)], ids=str
+)
+def test_plans_of_tensors_that_no_memory_holds_are_refused(sizes: tuple[int, ...]) -> None:
+    """Each size is possible, their products are not: in 64 bits they wrap, the first to a division by zero."""
+    for which in ("forward", "grad_input", "grad_weight"):
+        with pytest.raises(ValueError, match=r"sizes: expected tensors of at most 2\^40 elements, got "):
+            _C.cpu_plan(which, *sizes)
+
+
+@pytest.mark.parametrize(
     ("setter", "known"), [(_C.set_cpu_isa, "baseline"), (_C.set_conv_algo, "auto, winograd or direct")]
 )
 def test_unknown_switches_are_answered_with_the_known_ones(setter: Callable[[str], None], known: str) -> None:

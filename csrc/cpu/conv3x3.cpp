@@ -194,8 +194,13 @@ void set_conv_algo(const std::string& name) {
 
 std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w) {
   for (int64_t size : {n, in, out, h, w})
-    if (size < 1 || size > (int64_t(1) << 40))
-      throw std::invalid_argument("sizes: expected 1 ... 2^40, got " + std::to_string(size));
+    if (size < 1 || size > max_elements) throw std::invalid_argument("sizes: expected 1 ... 2^40, got " + std::to_string(size));
+  // In floating point, since the products of such sizes pass 64 bits.
+  const double image = double(n) * double(h) * double(w) * double(std::max(in, out)), weight = 9. * double(in) * double(out);
+  if (std::max(image, weight) > double(max_elements))
+    throw std::invalid_argument("sizes: expected tensors of at most 2^40 elements, got " + std::to_string(n) + " images of " +
+                                std::to_string(h) + " x " + std::to_string(w) + " with " + std::to_string(in) + " and " +
+                                std::to_string(out) + " channels");
   const Kernels& k = kernels();
   const Machine m = this_machine(k);
   if (pass == "forward") return to_string(choose_plan(n, in, out, h, w, m, algo()));
