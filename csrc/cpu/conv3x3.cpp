@@ -60,9 +60,6 @@ Output output_of(const Tensor& y, int64_t h, int64_t w) {
   out.dtype = dtype_of(y);
   out.n = y.size(0), out.c = y.size(1), out.h = h, out.w = w;
   out.data = y.mutable_data_ptr();
-  // A result larger than the caches would be read into them, line by line, only to be overwritten.
-  out.stream = out.dtype == DType::f32 && out.c % 16 == 0 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 &&
-               out.n * out.h * out.w * out.c * 4 >= int64_t(4) << 20;
   return out;
 }
 
@@ -96,7 +93,14 @@ Tensor empty_argmax(const Tensor& like, bool wanted, int64_t n, int64_t c, int64
   return empty_of(like, wanted ? std::vector<int64_t>{n, h / 2, w / 2, ceil_div(c, 4)} : std::vector<int64_t>{0}, ScalarType::Byte);
 }
 
-void run_forward(const Image& x, const Filters& w, const Output& out) {
+// A result larger than the caches would be read into them, line by line, only to be overwritten.
+bool passes_caches(const Output& out) {
+  return out.dtype == DType::f32 && !out.pool && out.c % 16 == 0 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 &&
+         out.n * out.h * out.w * out.c * 4 >= int64_t(4) << 20;
+}
+
+void run_forward(const Image& x, const Filters& w, Output out) {
+  out.stream = passes_caches(out);
   const Kernels& k = kernels();
   const Plan plan = choose_plan(x.n, x.c, w.out, x.h, x.w, this_machine(k), algo());
   const Workspace workspace(forward_workspace(k, plan, x, w, out));
@@ -117,7 +121,6 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& weight, co
   const std::vector<float> values = bias_values(bias);
   Output out = output_of(y, h, w);
   out.relu = relu, out.pool = pool;
-  out.stream = out.stream && !pool;
   out.bias = values.empty() ? nullptr : values.data();
   out.argmax = pool && save_argmax ? static_cast<uint8_t*>(argmax.mutable_data_ptr()) : nullptr;
   run_forward(plain_image(x), filters_of(weight), out);
