@@ -25,7 +25,7 @@ BESIDE_CUDNN = pytest.StashKey[list[str]]()  # a line a layer, of test_cudnn.py
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vggfast")
-    group.addoption("--full", action="store_true", help="every batch, rival and network: up to 25 minutes on 2 cores")
+    group.addoption("--full", action="store_true", help="every batch, rival and network: takes far longer")
     group.addoption("--threads", type=int, default=min(2, machine.cores()), help="CPU threads of every contender")
 
 

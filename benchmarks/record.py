@@ -1,6 +1,6 @@
 """Measure this machine and keep the results as data: benchmarks/results/<device>/<part>.json.
 
-    python benchmarks/record.py                     # everything, about 20 minutes on 2 cores
+    python benchmarks/record.py                     # everything
     python benchmarks/record.py --part layers       # one part at a time; parts do not touch each other's files
     python benchmarks/record.py --part inference --only "vgg16 .* batch 8"    # some groups of a part; they replace those recorded
 

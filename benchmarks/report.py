@@ -15,7 +15,7 @@ README = ROOT / "README.md"
 README_DEVICE = "amd-epyc-zen4-2core"
 BEGIN = "<!-- written by python benchmarks/report.py from benchmarks/results; do not edit -->"
 END = "<!-- end of what benchmarks/report.py writes -->"
-NOTHING = "No results are recorded yet: `python benchmarks/record.py` measures this machine, in about 20 minutes on two cores."
+NOTHING = "No results are recorded yet: `python benchmarks/record.py` measures this machine."
 
 
 def measured_devices() -> list[Path]:
