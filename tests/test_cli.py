@@ -213,8 +213,10 @@ def test_train_a_real_vgg(tmp_path):
 
 
 def test_ctrl_c_ends_a_run_with_the_way_to_go_on(tmp_path):
+    # A shell's background jobs ignore SIGINT and their children inherit it; a terminal's do not.
     script = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = [{str(ROOT / "tests")!r}]
 from test_cli import *
 training.build_model = lambda name, data: tiny_model(data.in_channels)
