@@ -402,3 +402,18 @@ def test_gradients_have_the_strides_of_torchs(layout: torch.memory_format) -> No
         gradients = torch.autograd.grad(network(x).sum(), [x, *network.parameters()])
         strides.append([g.stride() for g in gradients])
     assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_accumulated_gradients_have_the_strides_of_torchs(
+    layout: torch.memory_format, weights: torch.memory_format
+) -> None:
+    fused, plain = pair()
+    strides = []
+    for network in (fused, plain):
+        network.to(memory_format=weights)
+        x = image().to(memory_format=layout).requires_grad_()
+        network(x).sum().backward()
+        strides.append([t.grad.stride() for t in (x, *network.parameters())])
+    assert strides[0] == strides[1]

@@ -267,6 +267,82 @@ def test_vgg_is_exported_and_compiled_and_scripted() -> None:
     assert_same([torch.jit.script(model)(x)], expected)
 
 
+# ---- torch.func ----------------------------------------------------------------------------------------------------
+
+
+def loss(network: nn.Module, x: Tensor) -> Tensor:
+    return network(x).square().sum()
+
+
+COMPILED_TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "grad": lambda n, x: torch.func.grad(lambda t: loss(n, t))(x),
+    "jvp": lambda n, x: torch.func.jvp(lambda t: n(t), (x,), (x + 1,))[1],
+    "vmap": lambda n, x: torch.func.vmap(lambda t: n(t[None])[0])(x),
+    "vmap of grad": lambda n, x: torch.func.vmap(torch.func.grad(lambda t: loss(n, t[None])))(x),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED_TRANSFORMS)
+def test_compiled_transforms(name: str) -> None:
+    torch._dynamo.reset()
+    fused, plain = (network[:3] for network in pair())  # torch cannot compile the jvp of its own BatchNorm
+    transform = COMPILED_TRANSFORMS[name]
+    compiled = torch.compile(lambda x: transform(fused, x), fullgraph=True, backend="aot_eager")
+    assert_same([compiled(image())], [transform(plain, image())])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_ensemble_by_vmap(layout: torch.memory_format) -> None:
+    """torch.func's stacked module states: batched weights in one call."""
+    networks = [FusedSequential(*layers()).eval() for _ in range(3)]
+    for scale, network in enumerate(networks, 1):
+        network[2].weight.data.mul_(scale)
+    params, buffers = torch.func.stack_module_state(networks)
+    base, x = copy.deepcopy(networks[0]).to("meta"), image().to(memory_format=layout)
+    y = torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (x,)))(params, buffers)
+    assert_same(list(y.detach()), [nn.Sequential(*network)(x).detach() for network in networks])
+
+
+# ---- tensors of other origins --------------------------------------------------------------------------------------
+
+
+def test_copy_on_write_tensors_are_read_not_copied() -> None:
+    x, weight = torch._lazy_clone(image()), torch._lazy_clone(normal(16, 3, 3, 3))
+    assert_same([ops.conv3x3(x, weight)], [F.relu(F.conv2d(image(), normal(16, 3, 3, 3), padding=1))])
+    assert torch._C._is_cow_tensor(x)
+    assert torch._C._is_cow_tensor(weight)
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_read_only_memory_of_numpy() -> None:
+    array = image().numpy().copy()
+    array.flags.writeable = False
+    fused, plain = pair()
+    assert_same([fused(torch.from_numpy(array)).detach()], [plain(image()).detach()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        fused, plain = pair()
+        assert_same(
+            backward(fused, x=image().to(dtype)),
+            backward(plain, x=image().to(dtype)),
+            BOUND if dtype == torch.float64 else 0.05,
+        )
+        assert_same(backward(fused.float()), backward(plain.float()))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_anomaly_mode() -> None:
+    fused, plain = pair()
+    with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly():
+        ours = backward(fused)
+    assert_same(ours, backward(plain))
+
+
 # ---- autograd's other ways -----------------------------------------------------------------------------------------
 
 
@@ -336,14 +412,33 @@ def test_ways_to_differentiate(name: str) -> None:
     assert_same(WAYS[name](fused), WAYS[name](plain))
 
 
-@pytest.mark.parametrize("dropout", [nn.Dropout, nn.Dropout2d, nn.AlphaDropout])
-def test_dropout_in_place_behind_a_pooled_run(dropout: type[nn.Module]) -> None:
+class AddOne(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(1)
+
+
+IN_PLACE: dict[str, Callable[[], nn.Module]] = {
+    "Dropout": lambda: nn.Dropout(0.5, inplace=True),
+    "Dropout2d": lambda: nn.Dropout2d(0.5, inplace=True),
+    "AlphaDropout": lambda: nn.AlphaDropout(0.5, inplace=True),
+    "LeakyReLU": lambda: nn.LeakyReLU(0.1, inplace=True),
+    "SiLU": lambda: nn.SiLU(inplace=True),
+    "own module": AddOne,
+    "nested": lambda: nn.Sequential(nn.Identity(), AddOne()),
+    "behind a view": lambda: nn.Sequential(nn.Flatten(2), AddOne(), nn.Unflatten(2, (8, 8))),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_in_place_modules_behind_a_pooled_run(name: str, layout: torch.memory_format) -> None:
+    """torch's pool does not need its output for the gradient, a pooled run with ReLU does: a module that may write gets a copy."""
     results = []
     for container in (FusedSequential, nn.Sequential):
-        network = container(*layers()[:6], dropout(0.5, inplace=True), nn.Conv2d(24, 4, 3, padding=1))
+        network = container(*layers()[:6], IN_PLACE[name](), nn.Conv2d(24, 4, 3, padding=1))
         torch.manual_seed(2)
         network[3].eval()
-        results.append(backward(network))
+        results.append(backward(network, x=image().to(memory_format=layout)))
     assert_same(*results)
 
 
