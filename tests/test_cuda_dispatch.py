@@ -154,6 +154,11 @@ def test_tf32_is_allowed_as_torch_allows_it() -> None:
     assert all("torch.backends.cudnn.conv.fp32_precision" in answer for answer in answers if answer)
 
 
+def test_nvidias_own_switch_forbids_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert "NVIDIA_TF32_OVERRIDE" in tf32_obstacle()
+
+
 def test_tf32_within_cudnn_flags() -> None:
     assert not tf32_obstacle()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

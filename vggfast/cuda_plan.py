@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -112,6 +113,8 @@ def tf32_obstacle() -> str:
     """Why convolutions of float32 may not multiply in TF32, or "": torch's own setting, which ``cudnn.allow_tf32`` writes too."""
     if torch.compiler.is_compiling():
         return "float32 in a compiled graph, which would not notice a change of torch's TF32 setting"
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
+        return "NVIDIA_TF32_OVERRIDE=0 forbids TF32, and float32 has tensor-core kernels in TF32 only"
     cudnn: Any = torch.backends.cudnn
     if cudnn.conv.fp32_precision != "tf32":
         return (
