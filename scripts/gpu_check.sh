@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in under nine minutes: builds in place, then runs the tests on the device, compute-sanitizer over
-# every kernel, and the benchmarks. Needs no network: Python with torch's CUDA build, nvcc and pytest must be there.
+# Everything that only a GPU can show, in under nine minutes: builds in place, then, for each set of kernels that the GPU runs (sm80, and
+# on Hopper sm90), runs the tests on the device and compute-sanitizer over every kernel; last the benchmarks, with the last set.
+# Needs no network: Python with torch's CUDA build, nvcc and pytest must be there.
 #
 #     scripts/gpu_check.sh [--dry] [--only REGEX] OUT_DIR
 #
@@ -28,7 +29,7 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 python=$(command -v "${PYTHON:-python}") || { echo "PYTHON: expected an interpreter, got ${PYTHON:-python}" >&2; exit 2; }
 PATH=$(dirname "$python"):$PATH # ninja lies beside it
 SECONDS=0 deadline=${CHECK_SECONDS:-520}
-export VGGFAST_CUDA_PLAN=${VGGFAST_CUDA_PLAN:-sm80} PYTHONPATH=$PWD PYTHONFAULTHANDLER=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export VGGFAST_CUDA_PLAN=sm80 PYTHONPATH=$PWD PYTHONFAULTHANDLER=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 names=() outcomes=() seconds=() details=()
 
 write_results() {
@@ -53,7 +54,7 @@ step() {
   fi
   printf '\n==== %s (%ss so far)\n' "$name" "$SECONDS"
   local left=$((deadline - SECONDS)) log=$out/$name.log
-  if [[ $needs == gpu && $gpu != found ]]; then
+  if [[ $needs == gpu && $gpu != found* ]]; then
     outcome="no GPU" detail=$gpu
     echo "not run: $gpu" | tee "$log"
   elif ((left < 5)); then
@@ -81,7 +82,8 @@ import torch
 
 capable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 seen = torch.cuda.get_device_name() if torch.cuda.is_available() else f"torch {torch.__version__} sees none"
-print("found" if capable else f"no GPU of compute capability 8.0 or more was found: {seen}")
+capability = "%d.%d" % torch.cuda.get_device_capability() if capable else ""
+print(f"found {capability}" if capable else f"no GPU of compute capability 8.0 or more was found: {seen}")
 PYTHON
 }
 
@@ -102,7 +104,6 @@ facts = {
     "cuda_of_torch": torch.version.cuda,
     "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
     "nvcc": shutil.which("nvcc"),
-    "cuda_plan": os.environ["VGGFAST_CUDA_PLAN"],
     "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
     "gpus": [str(torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())],
 }
@@ -134,27 +135,32 @@ sanitizer() {
 
 export -f environment build sanitizer
 export out python
-gpu=found
+gpu="found 9.0"
 [[ $dry ]] || gpu=$(find_gpu | tail -n 1)
+plans=(sm80) # the kernels that this GPU runs
+[[ $gpu == "found 9.0" ]] && plans+=(sm90)
 
 tests=("$python" -m pytest -q -p no:cacheprovider --no-header -o faulthandler_timeout=60)
 step environment 30 any bash -c environment
 step build 200 any bash -c build
 step info 30 gpu bash -c '"$python" -m vggfast info --json && "$python" -m vggfast explain vgg16 --device cuda --dtype bf16 --train'
-step every-kernel 40 gpu "$python" scripts/gpu_kernels.py
-step errors 90 gpu "${tests[@]}" tests/test_cuda.py -k "errors and not cpu"
-step layouts 60 gpu "${tests[@]}" tests/test_cuda.py -k "layout and not cpu"
-step numbers 40 gpu "${tests[@]}" tests/test_cuda.py -k "not errors and not layout and not cpu"
-step runtime 120 gpu "${tests[@]}" tests/test_cuda_runtime.py -k "not cpu"
-step memcheck 60 gpu bash -c "sanitizer memcheck"
-step racecheck 60 gpu bash -c "sanitizer racecheck"
+for plan in "${plans[@]}"; do
+  export VGGFAST_CUDA_PLAN=$plan
+  step "$plan-every-kernel" 40 gpu "$python" scripts/gpu_kernels.py
+  step "$plan-errors" 60 gpu "${tests[@]}" tests/test_cuda.py -k "errors and not cpu"
+  step "$plan-layouts" 40 gpu "${tests[@]}" tests/test_cuda.py -k "layout and not cpu"
+  step "$plan-numbers" 40 gpu "${tests[@]}" tests/test_cuda.py -k "not errors and not layout and not cpu"
+  step "$plan-runtime" 90 gpu "${tests[@]}" tests/test_cuda_runtime.py -k "not cpu"
+  step "$plan-memcheck" 45 gpu bash -c "sanitizer memcheck"
+  step "$plan-racecheck" 45 gpu bash -c "sanitizer racecheck"
+done
 step benchmarks 240 gpu "$python" -m pytest benchmarks --benchmark-only -q --benchmark-json="$out/benchmark.json"
 [[ $dry ]] && exit 0
 
-printf '\n%-14s %-12s %7s  %s\n' step outcome seconds "last line"
+printf '\n%-18s %-12s %7s  %s\n' step outcome seconds "last line"
 failed=0
 for i in "${!names[@]}"; do
-  printf '%-14s %-12s %7s  %s\n' "${names[i]}" "${outcomes[i]}" "${seconds[i]}" "${details[i]}"
+  printf '%-18s %-12s %7s  %s\n' "${names[i]}" "${outcomes[i]}" "${seconds[i]}" "${details[i]}"
   [[ ${outcomes[i]} == passed || ${outcomes[i]} == "not there" ]] || failed=1
 done
 exit "$failed"
