@@ -144,7 +144,6 @@ def test_rivals_by_case():
     assert names(Case("conv3_2", "forward", 32, "bf16", "cuda")) == ["torch channels_last", "cudnn_convolution_relu"]
     gpu = Case("vgg16", "inference", 32, "bf16", "cuda")
     assert {"torch.compile max-autotune", "torch CUDA graph", "jax"} <= set(names(gpu))
-    assert "torch.compile max-autotune" not in names(gpu, full=False)
     assert names(Case("vgg16", "inference", 1), ["openvino", "ncnn"]) == ["openvino", "ncnn"]
     with pytest.raises(BenchError, match=r"expected some of torch, .* got tensorflow"):
         contenders.rivals(gpu, ["tensorflow"])
@@ -154,6 +153,9 @@ def test_a_comparison_has_its_control_and_half_precision_beside_float32():
     labels = [entry.label for entry in measure.compare("inference", Case("vgg16", "inference", 1)).entries]
     assert labels[:2] == ["vggfast", "vggfast again"]
     assert labels[-2:] == ["openvino bf16", "ncnn half"]
+    quick = measure.compare("inference", Case("vgg16", "inference", 1), full=False).entries
+    assert [e.label for e in quick] == labels  # nobody is hidden
+    assert {e.label: e.left_out for e in quick if e.left_out}.keys() == {"ncnn", "ncnn half"}
     assert measure.CONTROL not in [e.label for e in measure.compare("memory", Case("vgg16", "training", 1)).entries]
 
 

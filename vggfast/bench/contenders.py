@@ -44,7 +44,7 @@ class Contender:
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     devices: tuple[str, ...] = ("cpu", "cuda")
     batches: tuple[int, ...] = ()  # empty: any
-    full_only: bool = False  # takes minutes to set up
+    slow: str = ""  # what takes it so long to set up that the quick form leaves it out
 
     def takes(self, case: Case) -> bool:
         task = "layer" if case.layer else case.task
@@ -76,7 +76,7 @@ CONTENDERS = [
         {"engine": "compile", "mode": "max-autotune"},
         tasks=("inference", "training"),
         devices=("cuda",),
-        full_only=True,
+        slow="it tries many kernels",
     ),
     Contender(
         "torch CUDA graph",
@@ -124,6 +124,7 @@ CONTENDERS = [
         dtypes=("fp32",),
         devices=("cpu",),
         batches=(1,),  # it takes one image at a time
+        slow="the conversion takes half a minute",
     ),
     Contender(
         "ncnn half",
@@ -135,6 +136,7 @@ CONTENDERS = [
         dtypes=("bf16",),
         devices=("cpu",),
         batches=(1,),
+        slow="the conversion takes half a minute",
     ),
 ]
 
@@ -151,7 +153,7 @@ def families() -> list[str]:
     return list(dict.fromkeys(contender.family for contender in CONTENDERS if contender is not VGGFAST))
 
 
-def rivals(case: Case, against: list[str] | None = None, full: bool = True) -> list[Contender]:
+def rivals(case: Case, against: list[str] | None = None) -> list[Contender]:
     """Everybody but vggfast that computes ``case``, whether installed or not; ``against`` selects families.
 
     Raises BenchError for a family that does not exist.
@@ -165,5 +167,4 @@ def rivals(case: Case, against: list[str] | None = None, full: bool = True) -> l
         if contender is not VGGFAST
         and contender.takes(case)
         and (against is None or contender.family in against or contender.family == "vggfast")
-        and (full or not contender.full_only)
     ]

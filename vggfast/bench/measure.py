@@ -30,6 +30,7 @@ class Entry:
     label: str
     contender: Contender
     case: Case
+    left_out: str = ""  # why it is not to be measured
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,22 @@ class Listener:
 def compare(part: str, case: Case, against: list[str] | None = None, full: bool = True) -> Group:
     """vggfast, itself again as the control, and everybody who computes ``case``, installed or not.
 
-    float32 inference on a CPU also meets the runtimes in half precision: what they get there with less accuracy.
+    float32 inference on a CPU also meets the runtimes in half precision: what they get there with less accuracy. Without ``full``
+    who takes long to set up is left out, and named.
     """
+
+    def entry(label: str, rival: Contender, case: Case) -> Entry:
+        slow = "" if full or not rival.slow else f"only in the full form: {rival.slow}"
+        return Entry(label, rival, case, slow)
+
     entries = [Entry(VGGFAST.name, VGGFAST, case)]
     if part != "memory":
         entries.append(Entry(CONTROL, VGGFAST, case))
-    entries += [Entry(rival.name, rival, case) for rival in rivals(case, against, full)]
+    entries += [entry(rival.name, rival, case) for rival in rivals(case, against)]
     if part != "memory" and case.task == "inference" and case.dtype == "fp32":
         half = case.with_dtype("bf16")
         extra = {"openvino": "openvino bf16", "ncnn half": "ncnn half"}
-        entries += [Entry(extra[r.name], r, half) for r in rivals(half, against, full) if r.name in extra]
+        entries += [entry(extra[r.name], r, half) for r in rivals(half, against) if r.name in extra]
     return Group(part, case, tuple(entries))
 
 
@@ -211,15 +218,22 @@ class Lab:
         records: dict[str, Record] = {}
         if group.case.layer and self._torch:
             self._torch.ask("forget")
+        workers: dict[str, Worker] = {}
         for entry in group.entries:
             record = records[entry.label] = {"label": entry.label, "dtype": entry.case.dtype}
-            reason = entry.contender.missing() or _too_little_memory(entry)
+            reason = entry.left_out or entry.contender.missing() or _too_little_memory(entry.case, len(workers))
             if reason:
                 record["missing"] = reason
+            elif entry.case.layer:
+                workers[entry.label] = self._layers_worker()
+            else:  # all start at once, and import torch meanwhile
+                workers[entry.label] = stack.enter_context(Worker(entry.label, self.threads, allocator))
+        for entry in group.entries:
+            if entry.label not in workers:
                 continue
+            worker, record = workers[entry.label], records[entry.label]
             self.listener.stage(group, f"{entry.label}: setting up")
             try:
-                worker = self._worker(entry, stack, allocator)
                 record |= worker.ask(
                     "prepare",
                     key=entry.label,
@@ -236,11 +250,6 @@ class Lab:
                 worker.settle()
                 ready.append((entry, worker))
         return ready, records
-
-    def _worker(self, entry: Entry, stack: ExitStack, allocator: dict[str, str]) -> Worker:
-        if not entry.case.layer:
-            return stack.enter_context(Worker(entry.label, self.threads, allocator))
-        return self._layers_worker()
 
     def _layers_worker(self) -> Worker:
         if self._torch is None:
@@ -309,18 +318,15 @@ TOLERANCES = {
 }
 
 
-def _too_little_memory(entry: Entry) -> str:
-    """Why the contender is left out, if its process could bring the machine to its limits; empty otherwise."""
-    case = entry.case
+def _too_little_memory(case: Case, started: int) -> str:
+    """Why one more process is too much, beside those that were started and have not grown yet; empty if it is not."""
     if case.layer or case.device != "cpu" or ":" in case.subject:
         return ""
-    gigabyte = 1e9
-    needed = (1.8 if case.task == "inference" else 2.5) * gigabyte + 0.3 * gigabyte * case.batch * (
-        case.size / 224
-    ) ** 2
-    if available_bytes() >= needed:
-        return ""
-    return f"expected {needed / gigabyte:.1f} GB of memory for its process, got {available_bytes() / gigabyte:.1f} GB"
+    each = 1.3 + 0.1 * case.batch * (case.size / 224) ** 2 if case.task == "inference" else 2.2 + 0.3 * case.batch
+    needed, available = (started + 1) * each, available_bytes() / 1e9
+    return (
+        "" if available >= needed else f"expected {needed:.1f} GB of memory for the processes, got {available:.1f} GB"
+    )
 
 
 def _timing(case: Case, rounds: list[list[float]], ceilings: Record) -> Record:
