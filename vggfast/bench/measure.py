@@ -228,6 +228,9 @@ class Lab:
                 workers[entry.label] = self._layers_worker()
             else:  # all start at once, and import torch meanwhile
                 workers[entry.label] = stack.enter_context(Worker(entry.label, self.threads, allocator))
+        for worker in workers.values():
+            if worker is not self._torch:
+                stack.callback(worker.kill)  # all at once, before one after the other is waited for
         for entry in group.entries:
             if entry.label not in workers:
                 continue
