@@ -96,13 +96,14 @@ def test_structure_is_torchvisions(name):
     ours = on_meta(getattr(models, name), num_classes=7, dropout=0.25)
     theirs = on_meta(getattr(torchvision_models, name), num_classes=7, dropout=0.25)
     assert isinstance(ours.features, FusedSequential)
-    containers = {"", "features"}  # their types are ours, and a repr of theirs would hold them
+    containers = {"", "features", "classifier"}  # their types are ours, and a repr of theirs would hold them
     assert [key for key, _ in ours.named_modules()] == [key for key, _ in theirs.named_modules()]
     for (key, our_module), (_, their_module) in zip(ours.named_modules(), theirs.named_modules(), strict=True):
         if key not in containers:
             assert type(our_module) is type(their_module), key
             assert repr(our_module) == repr(their_module), key
-    assert isinstance(ours.features, type(theirs.features))
+    for name in ("features", "classifier"):
+        assert isinstance(getattr(ours, name), type(getattr(theirs, name)))
     assert str(ours.load_state_dict(theirs.state_dict())) == "<All keys matched successfully>"
     assert str(theirs.load_state_dict(ours.state_dict())) == "<All keys matched successfully>"
 

@@ -55,6 +55,12 @@ def test_opcheck(inputs: tuple[Tensor, ...]) -> None:
     torch.library.opcheck(torch.ops.vggfast.conv3x3.default, (*leaves, True, True, True))
     torch.library.opcheck(torch.ops.vggfast.conv3x3.default, (*leaves, True, False, False))
     torch.library.opcheck(torch.ops.vggfast.max_pool2x2.default, (leaves[0], True))
+    rows, matrix = torch.randn(3, 40, requires_grad=True), torch.randn(7, 40, requires_grad=True)
+    torch.library.opcheck(torch.ops.vggfast.linear.default, (rows, matrix, torch.randn(7, requires_grad=True), True))
+    torch.library.opcheck(
+        torch.ops.vggfast.linear_grad_input.default, (torch.randn(3, 7), matrix.detach(), torch.randn(3, 7))
+    )
+    torch.library.opcheck(torch.ops.vggfast.linear_grad_weight.default, (rows.detach(), torch.randn(3, 7), None))
     y, argmax = torch.ops.vggfast.conv3x3(*inputs, True, True, True)
     torch.library.opcheck(torch.ops.vggfast.conv3x3_grad_input.default, (y, inputs[1], y, argmax, 12, 12))
     torch.library.opcheck(torch.ops.vggfast.conv3x3_grad_weight.default, (inputs[0], y, y, argmax))

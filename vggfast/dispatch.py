@@ -11,6 +11,8 @@ from vggfast.cuda_plan import Decision, Gpu, Problem
 _DEVICES = ("cpu", "cuda")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+LINEAR_ROWS = 16  # max_linear_rows in csrc/linear.h
+LINEAR_WEIGHTS = 1 << 20  # fewer are served from the caches, where torch's matrix product is as fast
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -40,6 +42,44 @@ def why_not_max_pool2x2(x: Tensor) -> str:
     if reason or x.device.type == "cpu":
         return reason
     return why_not_cuda("max_pool", _pool_problem(x), x.device)
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    if bias is not None:
+        check_tensor("bias", bias)
+
+
+def why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    """Why no kernel of ours takes this fully connected layer; empty if one does."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if any(t.device.type != "cpu" or t.layout != torch.strided for t in tensors):
+        return "no kernel for other devices than CPUs, nor for other layouts"
+    if any(compute_dtype(t) != torch.float32 or t.dtype != torch.float32 for t in tensors):
+        return "no kernel for other dtypes than float32"
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or x.shape[0] == 0:
+        return f"x {list(x.shape)} is not a batch of rows for weight {list(weight.shape)}"
+    if x.shape[0] > LINEAR_ROWS:
+        return f"more than {LINEAR_ROWS} rows: arithmetic, not memory, is the limit"
+    if weight.numel() < LINEAR_WEIGHTS:
+        return "so few weights lie in the caches"
+    if weight.stride(1) != 1:
+        return "the weights of an output are not adjacent"
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        return f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}"
+    if not torch.compiler.is_compiling() and any(type(t) not in _PLAIN for t in tensors):
+        return "a tensor subclass, whose own rules apply"
+    return why_not_transforms()
+
+
+def decide_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gpu: Gpu | None = None) -> Decision:
+    """The same of ``ops.linear``."""
+    if gpu is not None:
+        return Decision(False, "aten", "no kernel for other devices than CPUs")
+    if reason := why_not_linear(x, weight, bias):
+        return Decision(False, "aten", reason)
+    return Decision(True, f"cpu {_C.cpu_isa()} linear", "a small batch: each weight is read once")
 
 
 def decide_conv3x3(

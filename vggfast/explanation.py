@@ -170,8 +170,10 @@ def _row_inside(name: str, step: Executed, gpu: Gpu | None) -> Row:
     layers = " + ".join(map(_label, step.modules))
     if step.run is None:
         return _row(name, layers, step.x, step.y, reason=step.reason or _reason_inside(step.modules[0]))
-    if step.run.weight is None:
+    if step.run.op == "max_pool2x2":
         decision = ops.max_pool2x2_kernel(step.x, gpu=gpu)
+    elif step.run.op == "linear":
+        decision = ops.linear_kernel(step.x, *operands(step.run), gpu=gpu)
     else:
         relu, pool = step.run.relu is not None, step.run.pool is not None
         decision = ops.conv3x3_kernel(step.x, *operands(step.run), relu=relu, pool=pool, gpu=gpu)
@@ -181,7 +183,7 @@ def _row_inside(name: str, step: Executed, gpu: Gpu | None) -> Row:
 
 def _rows_backward(name: str, step: Executed, forward: Row, gpu: Gpu | None) -> Iterator[Row]:
     """The kernels of both gradients of a fused convolution: one may be torch's where the other is not."""
-    if step.run is None or step.run.weight is None or not forward.fused:
+    if step.run is None or step.run.op != "conv3x3" or not forward.fused:
         return
     for which in ("grad_input", "grad_weight"):
         pool = step.run.pool is not None

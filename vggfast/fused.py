@@ -1,7 +1,7 @@
-"""Runs of Conv3x3 -> BatchNorm -> ReLU -> MaxPool2x2 inside an `nn.Sequential`, each executed as one fused op.
+"""Runs of Conv3x3 -> BatchNorm -> ReLU -> MaxPool2x2, and of Linear -> ReLU, inside an `nn.Sequential`, each executed as one op.
 
-The modules stay what they are: plain `nn.Conv2d`, `nn.BatchNorm2d`, `nn.ReLU` and `nn.MaxPool2d` at their indices, with
-their parameters and their state_dict keys. Only `forward` differs, and it decides anew at every call, from the modules
+The modules stay what they are: plain `nn.Conv2d`, `nn.ReLU`, `nn.Linear` and so on at their indices, with their parameters
+and their state_dict keys. Only `forward` differs, and it decides anew at every call, from the modules
 as they are then: nothing is cached, so nothing goes stale when weights, hooks, flags or children change.
 """
 
@@ -23,12 +23,12 @@ _PLAIN = (Tensor, nn.Parameter)
 _ZERO, _ONE, _TWO = (((n, n), n) for n in range(3))  # how modules write a setting of two dimensions
 _STAGES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
 # What a patched class would replace; a patch (padding that wraps around, say) must be seen, so it ends fusion.
-_METHODS = tuple((c, name, getattr(c, name)) for c in _STAGES for name in ("forward", "__call__"))
+_METHODS = tuple((c, name, getattr(c, name)) for c in (*_STAGES, nn.Linear) for name in ("forward", "__call__"))
 _METHODS += ((nn.Conv2d, "_conv_forward", nn.Conv2d._conv_forward),)
 
 
 class FusedSequential(nn.Sequential):
-    """An `nn.Sequential` that runs Conv3x3 [-> BatchNorm2d] [-> ReLU] [-> MaxPool2d 2x2] as one op per run.
+    """An `nn.Sequential` that runs Conv3x3 [-> BatchNorm2d] [-> ReLU] [-> MaxPool2d 2x2], and Linear [-> ReLU], as one op per run.
 
     Takes and returns what `nn.Sequential` with the same children does: values within rounding, the same dtype, device
     and memory format, the same gradients, the same errors. A run may contain, in this order, exact torch classes only:
@@ -38,7 +38,8 @@ class FusedSequential(nn.Sequential):
     - `nn.ReLU`, in place or not;
     - `nn.MaxPool2d`: kernel 2x2, stride 2, no padding; with `ceil_mode` only where height and width are even.
 
-    Input is [N, C, H, W] in float32, bfloat16 or float16 on a CPU or CUDA device. Everything else runs module by module
+    Input is [N, C, H, W] in float32, bfloat16 or float16 on a CPU or CUDA device. A run of `nn.Linear` and `nn.ReLU` is one
+    op for a small batch on a CPU; `ops.linear` says when. Everything else runs module by module
     as torch does, as does all that would otherwise see a difference: children with hooks, parametrisations or an own
     `forward`, global module hooks, tensor subclasses, dispatch modes, `torch.fx`, `torch.jit`, `torch.export`, ONNX.
     `vggfast.explain(model, x)` says for every layer which it was, and why.
@@ -67,7 +68,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert(model: Model) -> Model:
-    """Make every `nn.Sequential` in `model` that holds a fusible convolution a `FusedSequential`; returns `model`.
+    """Make every `nn.Sequential` in `model` that holds a fusible layer a `FusedSequential`; returns `model`.
 
     In place, and by changing the class of the `nn.Sequential` object itself, so that everything which refers to it
     (other parents, Python lists, hooks, optimizers, its own attributes) keeps doing so. No parameter is touched;
@@ -82,16 +83,22 @@ def convert(model: Model) -> Model:
         )
     for module in model.modules():
         plain = type(module) is nn.Sequential and "forward" not in module.__dict__
-        if plain and any(
-            type(child) is nn.Conv2d and not geometry_obstacle(child, child.weight) for child in module.children()
-        ):
+        if plain and any(map(_fusible, module.children())):
             module.__class__ = FusedSequential
     return model
 
 
-class Run(NamedTuple):
-    """One call of `ops.conv3x3`, or of `ops.max_pool2x2` where `weight` is None, that stands for `length` children."""
+def _fusible(module: nn.Module) -> bool:
+    """Whether `module` is a convolution or a fully connected layer that can begin a run."""
+    if type(module) is nn.Linear:
+        return module.in_features * module.out_features >= dispatch.LINEAR_WEIGHTS
+    return type(module) is nn.Conv2d and not geometry_obstacle(module, module.weight)
 
+
+class Run(NamedTuple):
+    """One call of `ops.conv3x3`, `ops.max_pool2x2` or `ops.linear` that stands for `length` children."""
+
+    op: str
     length: int
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -126,7 +133,7 @@ def _forward(self: FusedSequential, x: Any) -> Any:
         run, reason = (None, everywhere) if everywhere else _find_run(children, start, x)
         before = x if observe is not None else None
         if run is not None:
-            end, layout = start + run.length, _layout_after(run, x, layout)
+            end, layout = start + run.length, None if run.op == "linear" else _layout_after(run, x, layout)
             x = _execute(run, x)
             keep = run.relu is not None and x.requires_grad  # autograd has saved the output as the ReLU's mask
         else:
@@ -211,9 +218,11 @@ def _suggests_channels_last(t: Tensor) -> bool:
 
 
 def _execute(run: Run, x: Tensor) -> Tensor:
-    if run.weight is None:
+    if run.op == "max_pool2x2":
         return ops.max_pool2x2(x)
     weight, bias = operands(run)
+    if run.op == "linear":
+        return ops.linear(x, weight, bias, relu=run.relu is not None)
     return ops.conv3x3(x, weight, bias, relu=run.relu is not None, pool=run.pool is not None)
 
 
@@ -246,7 +255,9 @@ def _find_run(children: tuple[nn.Module, ...], start: int, x: Any) -> tuple[Run 
     first = children[start]
     if type(first) is nn.MaxPool2d:
         reason = child_obstacle(first) or _input_obstacle(x) or _pool_obstacle(first, x)
-        return (None if reason else Run(1, pool=first)), reason
+        return (None if reason else Run("max_pool2x2", 1, pool=first)), reason
+    if type(first) is nn.Linear:
+        return _find_linear_run(first, children[start + 1 : start + 2], x)
     if type(first) is not nn.Conv2d:
         return None, child_obstacle(first)
     weight, bias = first.weight, first.bias
@@ -264,7 +275,18 @@ def _find_run(children: tuple[nn.Module, ...], start: int, x: Any) -> tuple[Run 
     if type(child) is nn.MaxPool2d and not (reason := child_obstacle(child) or _pool_obstacle(child, x)):
         pool = child
     length = 1 + (bn is not None) + (relu is not None) + (pool is not None)
-    return Run(length, weight, bias, bn, relu, pool), reason
+    return Run("conv3x3", length, weight, bias, bn, relu, pool), reason
+
+
+def _find_linear_run(first: nn.Linear, after: tuple[nn.Module, ...], x: Any) -> tuple[Run | None, str]:
+    reason = child_obstacle(first) or ("" if type(x) in _PLAIN else "input is not a plain tensor")
+    reason = reason or dispatch.why_not_linear(x, first.weight, first.bias)
+    if reason:
+        return None, reason
+    relu = None
+    if after and type(after[0]) is nn.ReLU and not (reason := child_obstacle(after[0])):
+        relu = after[0]
+    return Run("linear", 1 + (relu is not None), first.weight, first.bias, relu=relu), reason
 
 
 def _context_obstacle() -> str:

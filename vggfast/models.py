@@ -91,7 +91,7 @@ class VGG(nn.Module):
         num_classes = _count("num_classes", num_classes, least=0)  # 0: scores of width 0, as torchvision allows
         self.features = features
         self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
-        self.classifier = nn.Sequential(
+        self.classifier = FusedSequential(
             nn.Linear(512 * 7 * 7, 4096),
             nn.ReLU(inplace=True),
             nn.Dropout(p=dropout),

@@ -77,6 +77,36 @@ def max_pool2x2(x: Tensor) -> Tensor:
     return y
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    """``relu(linear(x, weight, bias))``, ReLU only where asked for; for small batches on a CPU by one pass over the weights.
+
+    A layer of 100 million weights and a few images is as fast as memory delivers the weights, once. torch's matrix product takes
+    longer there.
+
+    Args:
+        x: ``[N, in]`` with any strides (or whatever else ``torch.nn.functional.linear`` takes; it then runs unfused).
+        weight: ``[out, in]``, at least ``2**20`` elements for the kernel, which also wants ``N <= 16`` and float32.
+        bias: ``[out]`` or ``None``.
+        relu: apply ReLU; NaN stays NaN.
+
+    Returns:
+        ``[N, out]``, contiguous.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        RuntimeError: whatever ``linear`` raises on such tensors.
+    """
+    dispatch.check_linear(x, weight, bias)
+    if dispatch.why_not_linear(x, weight, bias):
+        y = F.linear(x, weight, bias)
+        return F.relu(y) if relu else y
+    if dispatch.inside_functorch():
+        result: Tensor = _LinearFunction.apply(x, weight, bias, relu)  # type: ignore[no-untyped-call]
+        return result
+    fused: Tensor = _ops.linear(x, weight, bias, relu)
+    return fused
+
+
 def conv3x3_kernel(
     x: Tensor,
     weight: Tensor,
@@ -100,6 +130,12 @@ def max_pool2x2_kernel(x: Tensor, *, gpu: Gpu | None = None) -> Decision:
     """Which kernel ``max_pool2x2`` takes for ``x``, or would take on ``gpu``, and why not a faster one. Runs nothing."""
     dispatch.check_tensor("x", x)
     return dispatch.decide_max_pool2x2(x, gpu)
+
+
+def linear_kernel(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gpu: Gpu | None = None) -> Decision:
+    """Which kernel ``linear`` takes for these arguments, or would take on ``gpu``, and why not a faster one. Runs nothing."""
+    dispatch.check_linear(x, weight, bias)
+    return dispatch.decide_linear(x, weight, bias, gpu)
 
 
 # ---- torch's composition -------------------------------------------------------------------------------------------
@@ -168,12 +204,27 @@ def _fake_max_pool2x2_grad(grad: Tensor, argmax: Tensor, h: int, w: int) -> Tens
     return _empty_nhwc(grad, n, c, h, w)
 
 
+def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _fake_linear_grad_input(grad: Tensor, weight: Tensor, y: Tensor | None) -> Tensor:
+    return grad.new_empty((grad.shape[0], weight.shape[1]))
+
+
+def _fake_linear_grad_weight(x: Tensor, grad: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty((grad.shape[1], x.shape[1])), x.new_empty((grad.shape[1],))
+
+
 for _fake in (
     _fake_conv3x3,
     _fake_conv3x3_grad_input,
     _fake_conv3x3_grad_weight,
     _fake_max_pool2x2,
     _fake_max_pool2x2_grad,
+    _fake_linear,
+    _fake_linear_grad_input,
+    _fake_linear_grad_weight,
 ):
     torch.library.register_fake(_fake.__name__.replace("_fake_", "vggfast::"), _fake)
 
@@ -282,6 +333,30 @@ def _backward_max_pool2x2(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Ten
     return _ops.max_pool2x2_grad(grad, argmax, h, w), None
 
 
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, relu = inputs
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    saved_x = x if needs_weight or needs_bias else None
+    ctx.save_for_backward(saved_x, weight if needs_x else None, output if relu else None)
+
+
+def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, y = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_x = grad_weight = grad_bias = None
+    if torch.is_grad_enabled():  # create_graph
+        if y is not None:
+            grad = torch.where(y.detach() <= 0, torch.zeros_like(grad), grad)
+        grad_x = grad @ weight if needs_x else None
+        return grad_x, grad.t() @ x if needs_weight else None, grad.sum(0) if needs_bias else None, None
+    if needs_x:
+        grad_x = _ops.linear_grad_input(grad, weight, y)
+    if needs_weight or needs_bias:
+        grad_weight, grad_bias = _ops.linear_grad_weight(x, grad, y)
+    return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None
+
+
+torch.library.register_autograd("vggfast::linear", _backward_linear, setup_context=_setup_linear)
 torch.library.register_autograd("vggfast::conv3x3", _backward_conv3x3, setup_context=_setup_conv3x3)
 torch.library.register_autograd("vggfast::max_pool2x2", _backward_max_pool2x2, setup_context=_setup_max_pool2x2)
 
@@ -306,6 +381,16 @@ class _MaxPool2x2Function(torch.autograd.Function):
 
     setup_context = staticmethod(_setup_max_pool2x2)
     backward = staticmethod(_backward_max_pool2x2)
+
+
+class _LinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        y: Tensor = _ops.linear(*arguments)
+        return y
+
+    setup_context = staticmethod(_setup_linear)
+    backward = staticmethod(_backward_linear)
 
 
 # ---- autocast ------------------------------------------------------------------------------------------------------

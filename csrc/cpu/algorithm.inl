@@ -9,4 +9,5 @@ static constexpr int kBlock = kVecs * Vec::width;
 #include "cpu/winograd.inl"
 #include "cpu/direct.inl"
 #include "cpu/pool.inl"
+#include "cpu/linear.inl"
 #include "cpu/table.inl"

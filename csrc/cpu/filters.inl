@@ -34,6 +34,30 @@ static inline void gather_taps(const Filters& w, int64_t k0, int64_t lanes, int6
     }
 }
 
+// Whether the filters of neighbouring input channels follow each other, as those of an ordinary weight read forward do.
+static inline bool channels_together(const Filters& w) {
+  return taps_direction(w) == 1 && w.stride_in == 9;
+}
+
+// Taps of Vec::width input channels from c on, for a vector of output channels from k on, as [channel][tap][Vec::width]. Each row
+// of memory is read once and in whole vectors: visited again for every channel it would have left L1, where rows a power of two
+// apart share a few sets.
+template <class T>
+static inline void gather_channels(const Filters& w, int64_t k, int64_t c, float* taps) {
+  const T* p = (const T*)w.data + k * w.stride_out + 9 * c;
+  const bool more = c + 2 * Vec::width <= w.in;
+  for (int part = 0; part < 9; ++part, p += Vec::width, taps += Vec::width * Vec::width) {
+    Vec rows[Vec::width];
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec::width; ++i) rows[i] = Vec::load(p + i * w.stride_out);
+    if (more) // so many rows are more streams than hardware prefetchers follow
+      for (int i = 0; i < Vec::width; ++i) __builtin_prefetch(p + i * w.stride_out + 9 * Vec::width);
+    transpose(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec::width; ++i) rows[i].store(taps + i * Vec::width);
+  }
+}
+
 // Only ever into a gradient's own memory, [out, in, 3, 3] contiguous.
 template <class T>
 static inline void scatter_taps(const Filters& w, int64_t k0, int64_t lanes, int64_t c, const Taps& taps) {

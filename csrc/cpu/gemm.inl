@@ -14,6 +14,9 @@ struct Product {
   // What is read soon after, for prefetching: from a[row of the block * a_row + ahead] on, ahead_step floats for each step of
   // depth.
   int64_t ahead, ahead_step;
+  // What the layer needs after these products, spread evenly over them: later_row bytes for each row of a.
+  const char* later;
+  int64_t later_row;
 };
 static constexpr int kAhead = 24; // steps of depth: about 700 cycles, the latency of DRAM
 
@@ -31,6 +34,8 @@ static void multiply_rows(const Product& p, int64_t first_row, const Start& star
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) acc[r][v] = start(first_row + r, v);
   const float* ahead = p.a + first_row * p.a_row + p.ahead;
+  const char* later = p.later + first_row * p.later_row;
+  const int64_t later_step = rows * p.later_row / p.depth;
   for (int s = 0; s < p.segments; ++s) {
     const float* a = p.a + first_row * p.a_row + s * p.a_segment;
     const float* b = p.b + s * p.b_segment;
@@ -42,6 +47,8 @@ static void multiply_rows(const Product& p, int64_t first_row, const Start& star
       for (int line = 0; line < kBlock; line += 16) __builtin_prefetch(b + kAhead * p.b_depth + line);
       __builtin_prefetch(ahead, 0, 2);
       ahead += p.ahead_step;
+      __builtin_prefetch(later, 0, 2);
+      later += later_step;
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
         const Vec x = Vec::set(a[r * p.a_row]);

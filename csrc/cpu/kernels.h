@@ -1,6 +1,7 @@
 // What an ISA offers: functions that compute a range, on one thread, into memory the caller owns. Plain data in, plain data out.
 #pragma once
 #include "conv3x3.h"
+#include "linear.h"
 
 namespace vggfast::cpu {
 
@@ -32,6 +33,12 @@ struct TileRange {
   int64_t begin, end;
 };
 
+// Memory that will be read soon; products ask for it as they go, so that it has come from DRAM by then.
+struct Soon {
+  const char* data;
+  int64_t bytes;
+};
+
 // 36 matrices [tile][channel]; strides in floats. A row has room for whole vectors past its last channel.
 struct Points {
   float* data;
@@ -47,6 +54,10 @@ static inline int64_t filters_position(int64_t in, int64_t block) { // between t
   return odd_lines(in * block);
 }
 
+static constexpr int kLinearRows = 8;       // that the forward kernel takes at most; the others take max_linear_rows
+static constexpr int kLinearColumns = 1024; // of a gradient that a call makes at most: they stay in L2 while the weights pass by
+static constexpr int kLinearPadding = 8;    // outputs that `grad` has past the last one, zero
+
 struct Kernels {
   const char* name;
   int width; // floats a vector
@@ -57,7 +68,7 @@ struct Kernels {
   void (*winograd_grad_output)(const Image&, const TileRange&, const Points& z, float* bias_sum);
   void (*winograd_filters)(const Filters&, int64_t block, float* u);
   void (*winograd_multiply)(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int first, int last,
-                            bool add);
+                            bool add, const Soon&);
   bool (*winograd_output)(const Points& m, const TileRange&, int64_t block, const Output&);
   void (*winograd_accumulate)(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
                               float* s);
@@ -66,6 +77,10 @@ struct Kernels {
   void (*direct_filters)(const Filters&, int64_t block, float* packed);
   void (*direct_rows)(const Image&, const float* packed, const Output&, int64_t n, int64_t h_begin, int64_t h_end, float* scratch);
   void (*direct_grad_rows)(const Image&, const Image& dz, int64_t begin, int64_t end, float* sum, double* bias, float* scratch);
+
+  void (*linear)(const Linear&, const float* x, int64_t begin, int64_t end, float* y);
+  void (*linear_grad_input)(const Linear&, const float* grad, int64_t begin, int64_t end, float* dx);
+  void (*linear_grad_weight)(const Linear&, const float* x, const float* grad, int64_t begin, int64_t end, float* dw);
 
   void (*max_pool_rows)(const Image&, const Output&, int64_t begin, int64_t end);         // rows of N * H/2
   void (*max_pool_grad_rows)(const Image& dz, const Output&, int64_t begin, int64_t end); // rows of N * H

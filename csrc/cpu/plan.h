@@ -26,6 +26,7 @@ struct Plan {
   Schedule schedule;
   int64_t tiles, depth;
   int64_t groups; // tile-fused: groups of `tiles` tiles that a thread takes one after another
+                  // channels-split: blocks of output channels that are under way at once
   // Direct: output rows a thread takes at once.
   int64_t band;
   const char* reason;
@@ -74,7 +75,7 @@ inline Plan choose_plan(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w
             Schedule::channels_split,
             tiles,
             std::min<int64_t>(in, 256),
-            1,
+            m.threads,
             0,
             "few tiles: filters are made where they are used"};
   if (v_bytes > 768 * 1024) {

@@ -96,6 +96,13 @@ Filters input_channels(const Filters& w, int64_t begin, int64_t end) {
   return {w.dtype, w.out, end - begin, static_cast<const char*>(w.data) + bytes, w.stride_out, w.stride_in, w.stride_r, w.stride_s};
 }
 
+// The filters of one output channel from input channel c on; nothing where they do not lie together in memory.
+Soon output_filters(const Filters& w, int64_t k, int64_t c, int64_t count) {
+  const int64_t size = bytes_of(w.dtype), end = std::min(c + count, w.in);
+  if (k >= w.out || end <= c || w.stride_in != 9 || w.stride_s != 1) return {};
+  return {static_cast<const char*>(w.data) + (k * w.stride_out + c * w.stride_in) * size, (end - c) * 9 * size};
+}
+
 // Asks for the lines that a block of output channels of one tile will be written to. A store that misses the caches waits for its
 // line, in order; the products hide that wait.
 void prefetch_output(const Kernels& k, const Output& out, const Tile& tile, int64_t block) {
@@ -147,7 +154,7 @@ bool forward_tile_fused(const Kernels& k, const Plan& plan, const Image& x, cons
           for (int64_t t = i * count / 36; t < (i + 1) * count / 36; ++t) prefetch_output(k, out, grid.at(begin + t), b);
           const int64_t step = b * 36 + i;
           for (int64_t t = step * ahead / steps; t < (step + 1) * ahead / steps; ++t) prefetch_input(x, grid.at(tiles.end + t));
-          k.winograd_multiply(v, count, x.c, u + b * size.u, m, i, i + 1, false);
+          k.winograd_multiply(v, count, x.c, u + b * size.u, m, i, i + 1, false, {});
         }
         if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
       }
@@ -180,7 +187,12 @@ bool forward_channels_split(const Kernels& k, const Plan& plan, const Image& x, 
     for (int64_t c = 0; c < x.c; c += plan.depth) {
       const int64_t end = std::min(c + plan.depth, x.c);
       k.winograd_filters(input_channels(w, c, end), b, u);
-      k.winograd_multiply({v.data + c, v.row, v.position}, tiles.end, end - c, u, m, 0, 36, c > 0);
+      // The filters that this thread is likely to need next: of the next channels, or of the block that no other thread has begun.
+      const bool last = end == x.c;
+      const int64_t next = last ? b + plan.groups : b;
+      for (int i = 0; i < 36; ++i)
+        k.winograd_multiply({v.data + c, v.row, v.position}, tiles.end, end - c, u, m, i, i + 1, c > 0,
+                            output_filters(w, next * k.block + i, last ? 0 : end, i < k.block ? plan.depth : 0));
     }
     if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
   });
@@ -206,7 +218,7 @@ bool forward_points_split(const Kernels& k, const Plan& plan, const Image& x, co
       const int point = int(job / parts);
       const int64_t part = job % parts;
       for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b)
-        k.winograd_multiply(v, count, x.c, u + b * size.u, m(b), point, point + 1, false);
+        k.winograd_multiply(v, count, x.c, u + b * size.u, m(b), point, point + 1, false, {});
     });
     parallel(blocks * shares, [&](int64_t job) {
       const int64_t b = job / shares, from = job % shares * share, to = std::min(from + share, count);

@@ -37,6 +37,9 @@ static constexpr Kernels table = {
     [](const Image& x, const Image& dz, int64_t begin, int64_t end, float* sum, double* bias, float* scratch) {
       VGGFAST_TYPED(x.dtype, direct_grad_rows<T>(x, dz, begin, end, sum, bias, scratch));
     },
+    linear<>,
+    linear_grad_input,
+    linear_grad_weight,
     [](const Image& x, const Output& out, int64_t begin, int64_t end) {
       VGGFAST_TYPED(x.dtype, max_pool_rows<T>(x, out, begin, end));
     },

@@ -173,12 +173,12 @@ static void winograd_grad_output(const Image& dz, const TileRange& tiles, const 
     }
 }
 
-// G g G^T of a vector of filters; tap (i, j) is at taps + (3 * i + j) * kBlock.
-static inline void filter_tile(const float* taps, float* u, int64_t position) {
+// G g G^T of a vector of filters; tap (i, j) is at taps + (3 * i + j) * tap.
+static inline void filter_tile(const float* taps, int tap, float* u, int64_t position) {
   Vec half[6][3];
 #pragma GCC unroll 3
   for (int j = 0; j < 3; ++j) {
-    const Vec column[3] = {Vec::load(taps + j * kBlock), Vec::load(taps + (3 + j) * kBlock), Vec::load(taps + (6 + j) * kBlock)};
+    const Vec column[3] = {Vec::load(taps + j * tap), Vec::load(taps + (3 + j) * tap), Vec::load(taps + (6 + j) * tap)};
     Vec points[6];
     filter_1d(column, points);
 #pragma GCC unroll 6
@@ -196,21 +196,41 @@ static inline void filter_tile(const float* taps, float* u, int64_t position) {
 // U[36][in][kBlock] of one block of output channels, zero past the last one.
 template <class T>
 static void winograd_filters(const Filters& w, int64_t block, float* u) {
-  const int64_t k0 = block * kBlock, lanes = w.out - k0 < kBlock ? w.out - k0 : kBlock;
+  const int64_t k0 = block * kBlock, lanes = w.out - k0 < kBlock ? w.out - k0 : kBlock, position = filters_position(w.in, kBlock);
+  int64_t c = 0;
+  if (lanes == kBlock && channels_together(w)) {
+    alignas(64) float taps[Vec::width * 9 * Vec::width];
+    for (; c + Vec::width <= w.in; c += Vec::width)
+      for (int v = 0; v < kBlock; v += Vec::width) {
+        gather_channels<T>(w, k0 + v, c, taps);
+        for (int i = 0; i < Vec::width; ++i) filter_tile(taps + i * 9 * Vec::width, Vec::width, u + (c + i) * kBlock + v, position);
+      }
+  }
   alignas(64) Taps taps = {};
-  for (int64_t c = 0; c < w.in; ++c) {
+  for (; c < w.in; ++c) {
     gather_taps<T>(w, k0, lanes, c, taps);
-    for (int v = 0; v < kBlock; v += Vec::width) filter_tile(taps[0] + v, u + c * kBlock + v, filters_position(w.in, kBlock));
+    for (int v = 0; v < kBlock; v += Vec::width) filter_tile(taps[0] + v, kBlock, u + c * kBlock + v, position);
   }
 }
 
 // M[first ... last][tiles][kBlock] = V U, or += V U with `add`, for one block of output channels.
 static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int first, int last,
-                              bool add) {
+                              bool add, const Soon& soon) {
   for (int i = first; i < last; ++i) {
-    float* out = m.data + i * m.position;
-    const Product product{v.data + i * v.position, v.row, 1, 0, u + i * filters_position(in, kBlock), kBlock, 0, in, 1,
-                          kRows * v.row,           16}; // the next rows' V
+    float *a = v.data + i * v.position, *out = m.data + i * m.position;
+    const Product product{a,
+                          v.row,
+                          1,
+                          0,
+                          u + i * filters_position(in, kBlock),
+                          kBlock,
+                          0,
+                          in,
+                          1,
+                          kRows * v.row,
+                          16, // the next rows' V
+                          soon.bytes ? soon.data : (const char*)a,
+                          soon.bytes / tiles};
     const auto finish = [&](int64_t t, const Vec(&acc)[kVecs]) {
       for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * m.row + k * Vec::width);
     };
@@ -303,7 +323,7 @@ static bool winograd_output(const Points& m, const TileRange& tiles, int64_t blo
 // S[in][kBlock] += V^T Z at one of the 36 points, for one block of output channels.
 static void winograd_accumulate(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
                                 float* s) {
-  const Product product{v, 1, v_row, 0, z, z_row, 0, tiles, 1, kAhead * v_row, v_row};
+  const Product product{v, 1, v_row, 0, z, z_row, 0, tiles, 1, kAhead * v_row, v_row, (const char*)v, 0};
   for_each_row_block(in, product, StartAtZero(), [&](int64_t c, const Vec(&acc)[kVecs]) {
     for (int k = 0; k < kVecs; ++k) {
       float* p = s + c * kBlock + k * Vec::width;

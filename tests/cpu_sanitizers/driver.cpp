@@ -242,6 +242,30 @@ private:
 };
 int64_t Layer::calls = 0;
 
+// The three kernels of a fully connected layer, whole and cut in two.
+void run_linear(const Kernels& k, int64_t rows, int64_t in, int64_t out) {
+  const int64_t columns = round_up(in, k.width);
+  Buffer x(rows * columns * 4, 64), weight(out * in * 4, 4), bias(out * 4, 4), y(rows * out * 4, 4);
+  Buffer grad((out + kLinearPadding) * rows * 4, 4), dx(rows * in * 4, 4), dw(out * in * 4, 64);
+  for (const Buffer* b : {&x, &weight, &bias, &grad})
+    for (size_t i = 0; i < b->bytes() / 4; ++i) b->as<float>()[i] = 1.f;
+  const Linear l{rows, in, out, weight.as<float>(), in, rows > 1 ? bias.as<float>() : nullptr, true};
+  for (int64_t begin = 0; begin < out; begin += out / 2 + 1) {
+    const int64_t end = std::min(begin + out / 2 + 1, out);
+    if (rows <= kLinearRows) k.linear(l, x.as<float>(), begin, end, y.as<float>());
+    k.linear_grad_weight(l, x.as<float>(), grad.as<float>(), begin, end, dw.as<float>());
+  }
+  for (int64_t begin = 0; begin < in; begin += kLinearColumns)
+    k.linear_grad_input(l, grad.as<float>(), begin, std::min(begin + kLinearColumns, in), dx.as<float>());
+  for (int64_t i = 0; i < rows * in; ++i)
+    if (dx.as<float>()[i] != float(out)) abort();
+  for (int64_t i = 0; i < out * in; ++i)
+    if (dw.as<float>()[i] != float(rows)) abort();
+  for (int64_t i = 0; rows <= kLinearRows && i < rows * out; ++i)
+    if (y.as<float>()[i] != float(in + (rows > 1))) abort();
+  Layer::calls += 5;
+}
+
 const Problem problems[] = {
     {1, 1, 1, 1, 1},
     {1, 3, 17, 2, 3},
@@ -270,6 +294,7 @@ int main(int count, char** arguments) {
       for (const Problem& problem : problems) {
         if (few && (where != Place::heap || dtype != DType::f32 || problem.n * problem.h < 13)) continue;
         place = where, threads = where == Place::page_begin ? 1 : 3;
+        if (dtype == DType::f32) run_linear(k, 1 + problem.in % max_linear_rows, 9 * problem.in, problem.out);
         Layer layer(k, dtype, problem);
         for (const bool relu : {false, true})
           for (const bool pool : {false, true}) layer.run(relu, pool);

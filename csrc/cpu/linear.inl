@@ -1,0 +1,148 @@
+// Fully connected layers of few rows (a small batch): memory is the limit, so every weight is read, or written, once.
+//   rows are packed by vectors of columns: [in / width][rows][width], zero past the last column
+
+static constexpr int kSums = Vec::width == 16 ? 24 : 8; // accumulators that leave registers for the operands
+static constexpr int kChain = 32;  // steps summed before their sum is added to the total: short chains round less
+static constexpr int kFetch = 512; // floats of each row of weights asked for ahead: hardware stops at each 4 KB
+
+static inline float sum_of(Vec v) {
+  alignas(64) float lanes[Vec::width];
+  v.store(lanes);
+  for (int half = Vec::width / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// sums[o][r] = x[r] . weight[o], for `outs` rows of weights and all rows of x.
+template <int outs, int rows>
+static inline void dot_rows(const Linear& l, const float* x, const float* weight, float (&sums)[outs][rows]) {
+  const int64_t whole = l.in / Vec::width;
+  Vec total[outs][rows];
+  for (auto& of_out : total)
+    for (Vec& t : of_out) t = Vec::zero();
+  for (int64_t begin = 0; begin < whole; begin += kChain) {
+    const int64_t end = begin + kChain < whole ? begin + kChain : whole;
+    Vec chain[outs][rows];
+#pragma GCC unroll 8
+    for (int o = 0; o < outs; ++o)
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) chain[o][r] = Vec::zero();
+    for (int64_t i = begin; i < end; ++i) {
+      Vec w[outs];
+#pragma GCC unroll 8
+      for (int o = 0; o < outs; ++o) {
+        const float* p = weight + o * l.weight_row + i * Vec::width;
+        w[o] = Vec::load(p);
+        __builtin_prefetch(p + kFetch);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const Vec v = Vec::load(x + (i * rows + r) * Vec::width);
+#pragma GCC unroll 8
+        for (int o = 0; o < outs; ++o) chain[o][r] = fma(v, w[o], chain[o][r]);
+      }
+    }
+    for (int o = 0; o < outs; ++o)
+      for (int r = 0; r < rows; ++r) total[o][r] = total[o][r] + chain[o][r];
+  }
+  const int rest = int(l.in - whole * Vec::width);
+  for (int o = 0; o < outs; ++o)
+    for (int r = 0; r < rows; ++r) {
+      if (rest)
+        total[o][r] = fma(Vec::load(x + (whole * rows + r) * Vec::width),
+                          Vec::load_first(weight + o * l.weight_row + whole * Vec::width, rest), total[o][r]);
+      sums[o][r] = sum_of(total[o][r]);
+    }
+}
+
+template <int outs, int rows>
+static inline void linear_block(const Linear& l, const float* x, int64_t o, float* y) {
+  float sums[outs][rows];
+  dot_rows<outs, rows>(l, x, l.weight + o * l.weight_row, sums);
+  for (int i = 0; i < outs; ++i)
+    for (int r = 0; r < rows; ++r) {
+      const float v = sums[i][r] + (l.bias ? l.bias[o + i] : 0.f);
+      y[r * l.out + o + i] = l.relu && v < 0.f ? 0.f : v; // NaN and -0.0 stay, as torch has it
+    }
+}
+
+template <int rows>
+static void linear_rows(const Linear& l, const float* x, int64_t begin, int64_t end, float* y) {
+  constexpr int outs = kSums / rows > 8 ? 8 : kSums / rows;
+  int64_t o = begin;
+  for (; o + outs <= end; o += outs) linear_block<outs, rows>(l, x, o, y);
+  for (; o < end; ++o) linear_block<1, rows>(l, x, o, y);
+}
+
+// y[rows][out] of outputs [begin, end); rows is 1 to kLinearRows.
+template <int rows = kLinearRows>
+static void linear(const Linear& l, const float* x, int64_t begin, int64_t end, float* y) {
+  if (l.rows == rows) return linear_rows<rows>(l, x, begin, end, y);
+  if constexpr (rows > 1) linear<rows - 1>(l, x, begin, end, y);
+}
+
+// dx[rows][in] of at most kLinearColumns columns [begin, end); grad is [out][rows].
+static void linear_grad_input(const Linear& l, const float* grad, int64_t begin, int64_t end, float* dx) {
+  constexpr int step = 4, chain = 256; // rows of weights at once; and in one chain
+  alignas(64) float sums[max_linear_rows * kLinearColumns];
+  const int64_t vecs = (end - begin + Vec::width - 1) / Vec::width;
+  for (int64_t first = 0; first < l.out; first += chain) {
+    const int64_t last = first + chain < l.out ? first + chain : l.out;
+    memset(sums, 0, l.rows * kLinearColumns * sizeof(float));
+    for (int64_t o = first; o < last; o += step) {
+      const int64_t outs = o + step < last ? step : last - o;
+      for (int64_t i = 0; i < vecs; ++i) {
+        const int64_t column = begin + i * Vec::width;
+        const int lanes = lanes_from(column, end);
+        Vec w[step];
+#pragma GCC unroll 4
+        for (int s = 0; s < step; ++s) {
+          const float* p = l.weight + (o + s) * l.weight_row + column;
+          w[s] = s < outs ? load_lanes(p, lanes) : Vec::zero();
+          __builtin_prefetch(p + 2 * step * l.weight_row);
+        }
+        for (int64_t r = 0; r < l.rows; ++r) {
+          float* p = sums + (i * l.rows + r) * Vec::width;
+          Vec sum = Vec::load(p);
+#pragma GCC unroll 4
+          for (int s = 0; s < step; ++s) sum = fma(Vec::set(grad[(o + s) * l.rows + r]), w[s], sum);
+          sum.store(p);
+        }
+      }
+    }
+    for (int64_t r = 0; r < l.rows; ++r)
+      for (int64_t i = 0; i < vecs; ++i) {
+        float* p = dx + r * l.in + begin + i * Vec::width;
+        const int lanes = lanes_from(begin + i * Vec::width, end);
+        const Vec sum = Vec::load(sums + (i * l.rows + r) * Vec::width);
+        store_lanes(first ? load_lanes(p, lanes) + sum : sum, p, lanes);
+      }
+  }
+}
+
+// dw[out][in] of outputs [begin, end) = grad^T x; grad is [out][rows].
+static void linear_grad_weight(const Linear& l, const float* x, const float* grad, int64_t begin, int64_t end, float* dw) {
+  constexpr int step = 8;
+  const bool stream = l.in % 16 == 0 && (uintptr_t)dw % 64 == 0; // larger than the caches: they need not read it first
+  for (int64_t o = begin; o < end; o += step) {
+    const int64_t outs = o + step < end ? step : end - o;
+    for (int64_t column = 0; column < l.in; column += Vec::width) {
+      Vec sums[step];
+#pragma GCC unroll 8
+      for (int s = 0; s < step; ++s) sums[s] = Vec::zero();
+      for (int64_t r = 0; r < l.rows; ++r) {
+        const Vec v = Vec::load(x + column * l.rows + r * Vec::width);
+#pragma GCC unroll 8
+        for (int s = 0; s < step; ++s) sums[s] = fma(Vec::set(grad[(o + s) * l.rows + r]), v, sums[s]);
+      }
+      for (int s = 0; s < outs; ++s) {
+        float* p = dw + (o + s) * l.in + column;
+        if (stream)
+          sums[s].stream(p);
+        else
+          store_lanes(sums[s], p, lanes_from(column, l.in));
+      }
+    }
+  }
+  if (stream) fence_streams();
+}

@@ -1,0 +1,284 @@
+"""ops.linear and the runs of Linear -> ReLU: numbers against float64, torch's answers everywhere else."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import assert_same_bits, gradients, integers, normal
+from torch import Tensor, nn
+
+import vggfast
+from vggfast import _C, dispatch, ops
+from vggfast.fused import FusedSequential
+
+RAW = torch.ops.vggfast
+LARGE = (1100, 1000)  # out, in: just enough weights for the kernel
+
+
+@pytest.fixture(params=_C.cpu_isas())
+def isa(request: pytest.FixtureRequest) -> str:
+    _C.set_cpu_isa(request.param)
+    return str(request.param)
+
+
+def composition(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    y = F.linear(x, weight, bias)
+    return F.relu(y) if relu else y
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+def strided(t: Tensor, kind: str) -> Tensor:
+    """The same values in other memory, whose remaining elements are NaN."""
+    if kind == "contiguous":
+        return t.clone()
+    if kind == "transposed":
+        return t.t().contiguous().t()
+    if kind == "expanded":
+        return t[:1].clone().expand(t.shape)
+    wide = torch.full((t.shape[0], 2 * t.shape[1] + 3), float("nan"))
+    window = wide[:, 3 : 3 + t.shape[1]] if kind == "sliced" else wide[:, 1 : 2 * t.shape[1] : 2]
+    window.copy_(t)
+    return window
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "outputs"),
+    [
+        *((1, 1, 1), (1, 16, 24), (2, 40, 7), (3, 17, 50), (4, 700, 13), (5, 33, 97), (6, 1030, 5), (7, 64, 26)),
+        *((8, 2100, 49), (9, 31, 12), (11, 90, 61), (13, 48, 100), (15, 19, 3), (16, 1500, 52)),
+    ],
+    ids=str,
+)
+def test_error_is_at_most_twice_torchs(isa: str, rows: int, columns: int, outputs: int) -> None:
+    for relu, with_bias in itertools.product((False, True), repeat=2):
+        x, weight = normal(rows, columns, seed=1), normal(outputs, columns, seed=2) / columns**0.5
+        bias = normal(outputs, seed=3) if with_bias else None
+        grad = normal(rows, outputs, seed=4)
+        results = []
+        for dtype in (torch.float32, torch.float32, torch.float64):
+            leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+            if not results:
+                y = RAW.linear(*leaves, relu)
+                decisions = (y.detach() > 0).double() if relu else 1.0
+            else:
+                y = F.linear(*leaves)
+                y = (y * decisions).to(dtype) if dtype == torch.float64 else (F.relu(y) if relu else y)
+            results.append([y.detach(), *gradients(y, tuple(leaves), grad.to(dtype))])
+        for ours, theirs, exact in zip(*results, strict=True):
+            # Both sums of one or two products round once, at random; torch's may be exact by luck.
+            assert error(ours, exact) <= max(2 * error(theirs, exact), 2.0**-23), (relu, with_bias)
+
+
+def test_sums_of_small_integers_have_torchs_bits(isa: str) -> None:
+    for rows, relu in itertools.product((1, 3, 8, 16), (False, True)):
+        leaves = [integers(*size, seed=i, grad=True) for i, size in enumerate(((rows, 333), (101, 333), (101,)))]
+        y, expected = RAW.linear(*leaves, relu), composition(*leaves, relu)
+        assert_same_bits(y.detach() + 0, expected.detach() + 0, "y")
+        grad = integers(rows, 101, seed=9)
+        for ours, theirs in zip(
+            gradients(y, tuple(leaves), grad), gradients(expected, tuple(leaves), grad), strict=True
+        ):
+            assert_same_bits(ours + 0, theirs + 0, "gradient")
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "transposed", "expanded", "sliced", "every other"])
+def test_any_strides(isa: str, kind: str) -> None:
+    x, weight, grad, y = (
+        strided(integers(*size, seed=i), kind) for i, size in enumerate(((5, 70), (23, 70), (5, 23), (5, 23)))
+    )
+    bias = integers(46)[::2]
+    assert torch.equal(RAW.linear(x, weight, bias, False), F.linear(x, weight, bias))
+    masked = torch.where(y <= 0, 0.0, grad)
+    assert torch.equal(RAW.linear_grad_input(grad, weight, y), masked @ weight)
+    grad_weight, grad_bias = RAW.linear_grad_weight(x, grad, y)
+    assert torch.equal(grad_weight, masked.t() @ x)
+    assert torch.equal(grad_bias, masked.sum(0))
+
+
+def test_nan_infinity_and_negative_zero(isa: str) -> None:
+    x = torch.ones(2, 20)
+    weight = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 1.0, -1.0]).view(6, 1).repeat(1, 20)
+    for relu in (False, True):
+        assert torch.equal(
+            RAW.linear(x, weight, None, relu).nan_to_num(7.0), composition(x, weight, None, relu).nan_to_num(7.0)
+        )
+    assert torch.signbit(RAW.linear(x, weight, None, True)[0, 3]) == torch.signbit(
+        composition(x, weight, None, True)[0, 3]
+    )
+    y = RAW.linear(x, weight, None, True)
+    assert torch.equal(
+        RAW.linear_grad_input(torch.ones(2, 6), torch.eye(6), y), (~(y <= 0)).float()
+    )  # NaN lets it through
+
+
+def test_bits_do_not_depend_on_threads_or_on_the_run(isa: str) -> None:
+    x, weight, grad = normal(8, 3000), normal(200, 3000, seed=1), normal(8, 200, seed=2)
+    runs = []
+    for threads in (1, 2, 5, 2):
+        torch.set_num_threads(threads)
+        runs.append(
+            [
+                RAW.linear(x, weight, None, True),
+                RAW.linear_grad_input(grad, weight, None),
+                *RAW.linear_grad_weight(x, grad, None),
+            ]
+        )
+    for run in runs[1:]:
+        assert all(map(torch.equal, run, runs[0]))
+
+
+# ---- the public op ---------------------------------------------------------------------------------------------------
+
+
+def large(rows: int = 2, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    return normal(rows, LARGE[1], grad=grad), normal(*LARGE, seed=1, grad=grad), normal(LARGE[0], seed=2, grad=grad)
+
+
+REFUSED = {
+    "17 rows": lambda: large(17),
+    "float64": lambda: tuple(t.double() for t in large()),
+    "bfloat16": lambda: tuple(t.bfloat16() for t in large()),
+    "few weights": lambda: (normal(2, 1000), normal(1000, 1000), None),
+    "three dimensions": lambda: (normal(2, 2, LARGE[1]), normal(*LARGE), None),
+    "one dimension": lambda: (normal(LARGE[1]), normal(*LARGE), None),
+    "no rows": lambda: large(0),
+    "transposed weight": lambda: (normal(2, LARGE[0]), normal(*LARGE).t(), None),
+    "meta": lambda: tuple(t.to("meta") for t in large()),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_has_no_kernel_is_torchs(kind: str) -> None:
+    arguments = REFUSED[kind]()
+    decision = ops.linear_kernel(*arguments)
+    assert (decision.kernel, decision.fused) == ("aten", False)
+    assert decision.reason
+    y, expected = ops.linear(*arguments, relu=True), composition(*arguments, True)
+    assert (y.shape, y.dtype, y.device) == (expected.shape, expected.dtype, expected.device)
+    assert y.is_meta or torch.equal(y, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((normal(2, 3), normal(4, 5)), "shapes cannot be multiplied"),
+        ((normal(2, 3), normal(4, 3).double()), "same dtype"),
+    ],
+)
+def test_torchs_errors(arguments: tuple[Tensor, Tensor], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        ops.linear(*arguments)
+    with pytest.raises(TypeError, match=r"weight: expected a torch\.Tensor, got list"):
+        ops.linear(normal(2, 3), [1.0])  # type: ignore[arg-type]
+
+
+def test_autograd_of_every_kind() -> None:
+    shapes = ((3, LARGE[1]), LARGE, LARGE[:1])
+    x, weight, bias = (integers(*shape, seed=i, grad=True) for i, shape in enumerate(shapes))  # no decision is near
+    loss = ops.linear(x, weight, bias, relu=True).square().sum()
+    plain = composition(x, weight, bias, True).square().sum()
+    first = torch.autograd.grad(loss, (x, weight, bias), create_graph=True)
+    for ours, theirs in zip(first, torch.autograd.grad(plain, (x, weight, bias), create_graph=True), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    second = torch.autograd.grad(first[0].square().sum(), (weight, x))
+    again = torch.autograd.grad(plain, x, create_graph=True)[0].square().sum()
+    for ours, theirs in zip(second, torch.autograd.grad(again, (weight, x)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    functional = torch.func.grad(lambda w: ops.linear(x, w, bias, relu=True).square().sum())(weight)
+    torch.testing.assert_close(functional, first[1].detach(), rtol=1e-5, atol=1e-4)
+    assert ops.linear_kernel(x, weight, bias).fused
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.linear(x, weight, bias).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:], ids=str)
+def test_only_the_gradients_asked_for(needs: tuple[bool, ...]) -> None:
+    leaves = [t.requires_grad_(need) for t, need in zip(large(), needs, strict=True)]
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = ops.linear(*leaves, relu=True)
+    assert any(t.shape == LARGE for t in saved) == needs[0]  # the weights only for the input's gradient
+    y.sum().backward()
+    expected = [t.detach().requires_grad_(t.requires_grad) for t in leaves]
+    composition(*expected, True).sum().backward()
+    for ours, theirs in zip(leaves, expected, strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-3)
+
+
+# ---- in a FusedSequential --------------------------------------------------------------------------------------------
+
+
+def head(dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(1000, 1100), nn.ReLU(True), nn.Dropout(dropout), nn.Linear(1100, 1000), nn.ReLU(), nn.Linear(1000, 10)
+    )
+
+
+def test_convert_fuses_a_classifier_of_any_model() -> None:
+    plain = head().eval()
+    ours = vggfast.convert(copy.deepcopy(plain))
+    assert type(ours) is FusedSequential
+    assert [row.name for row in vggfast.explain(ours, normal(2, 1000)).rows if row.fused] == ["0..1", "3..4"]
+    torch.testing.assert_close(ours(normal(2, 1000)), plain(normal(2, 1000)), rtol=1e-5, atol=1e-5)
+    assert type(vggfast.convert(nn.Sequential(nn.Linear(10, 10), nn.ReLU()))) is nn.Sequential
+
+
+def test_training_steps_follow_torchs() -> None:
+    nets = [head(0.5), vggfast.convert(head(0.5))]
+    states = []
+    for net in nets:
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        for step in range(3):
+            optimizer.zero_grad()
+            net(normal(4, 1000, seed=step)).square().sum().backward()
+            optimizer.step()
+        states.append(net.state_dict())
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_patches_and_in_place_modules_are_seen() -> None:
+    net = vggfast.convert(head().eval())
+    x, seen = normal(2, 1000), []
+    handle = net[1].register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    expected = net(x)
+    handle.remove()
+    assert torch.equal(seen[0], F.relu(ops.linear(x, net[0].weight, net[0].bias)))
+    assert torch.equal(net(x), expected)
+    tail = FusedSequential(nn.Linear(1000, 1100), nn.ReLU(), nn.Dropout(0.5, inplace=True), nn.Linear(1100, 1000))
+    plain = nn.Sequential(*copy.deepcopy(tail))
+    plain[2].inplace = False  # torch refuses to overwrite what its ReLU saved; here it gets a copy
+    for network in (tail, plain):
+        torch.manual_seed(3)
+        network(x).square().sum().backward()
+    for ours, theirs in zip(tail.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_compiled_without_breaks() -> None:
+    net = vggfast.convert(head())
+    compiled = torch.compile(net, fullgraph=True)
+    x = normal(3, 1000)
+    expected, got = (run(x).square().sum() for run in (net, compiled))
+    torch.testing.assert_close(got, expected)
+    gradients_ = [torch.autograd.grad(loss, list(net.parameters())) for loss in (expected, got)]
+    for ours, theirs in zip(*gradients_, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_bound_of_the_rows_is_that_of_the_kernels() -> None:
+    x, weight = normal(dispatch.LINEAR_ROWS + 1, 8), normal(8, 8)
+    assert RAW.linear(x[:-1], weight, None, False).shape == (dispatch.LINEAR_ROWS, 8)
+    with pytest.raises(RuntimeError, match=f"expected at most {dispatch.LINEAR_ROWS} rows of 8"):
+        RAW.linear(x, weight, None, False)
