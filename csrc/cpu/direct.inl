@@ -150,7 +150,8 @@ static void direct_grad_rows(const Image& x, const Image& dz, int64_t begin, int
     load_gradient_row<T>(dz, n, h, padded, gradient, bias, unpadded);
     for (int r = 0; r < 3; ++r)
       for (int64_t k = 0; k < padded; k += kBlock) {
-        const Product product{scratch + (h - 1 + r + 3) % 3 * row_size, 1, x.c, 0, gradient + k, padded, 0, x.w, 1, 0, 0, (const char*)gradient, 0};
+        const Product product{
+            scratch + (h - 1 + r + 3) % 3 * row_size, 1, x.c, 0, gradient + k, padded, 0, x.w, 1, 0, 0, (const char*)gradient, 0};
         for_each_row_block(3 * x.c, product, StartAtZero(), [&](int64_t tap, const Vec(&acc)[kVecs]) {
           float* p = sum + (r * 3 * x.c + tap) * padded + k;
           for (int v = 0; v < kVecs; ++v) (Vec::load(p + v * Vec::width) + acc[v]).store(p + v * Vec::width);

@@ -65,7 +65,7 @@ struct Kernels {
   int rows;  // rows a micro-kernel computes at most
 
   void (*winograd_input)(const Image&, const TileRange&, const Points& v);
-  void (*winograd_grad_output)(const Image&, const TileRange&, const Points& z, float* bias_sum);
+  void (*winograd_grad_output)(const Image&, const TileRange&, int64_t c_begin, int64_t c_end, const Points& z, float* bias_sum);
   void (*winograd_filters)(const Filters&, int64_t block, float* u);
   void (*winograd_multiply)(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int first, int last,
                             bool add, const Soon&);

@@ -14,11 +14,12 @@ struct Machine {
   int threads;
 };
 
-// How Winograd's three steps (V of the input, M = V U, Y of M) are shared out.
+// How Winograd's steps (V of the input, M = V U, Y of M; in grad_weight Z of the gradients, S = V^T Z) are shared out.
 enum class Schedule {
   tile_fused,     // a thread takes `tiles` tiles through all three steps; V and M stay in its L2
   channels_split, // V of all tiles is shared; a thread takes a block of output channels, and makes U of `depth` channels at a time
-  points_split    // V of `tiles` tiles is shared; threads take points, then output tiles
+  points_split,   // V (and Z) of `tiles` tiles is shared; threads take points, then output tiles
+  outputs_split   // grad_weight: a thread takes one of `groups` parts of the tiles and one of `splits` ranges of output channels
 };
 
 struct Plan {
@@ -27,14 +28,16 @@ struct Plan {
   int64_t tiles, depth;
   int64_t groups; // tile-fused: groups of `tiles` tiles that a thread takes one after another
                   // channels-split: blocks of output channels that are under way at once
+                  // grad_weight: parts of the tiles whose sums are kept apart; depends on the problem alone, and so do bits
   // Direct: output rows a thread takes at once.
   int64_t band;
   const char* reason;
+  int64_t splits = 1; // outputs-split
 };
 
 inline std::string to_string(const Plan& p) {
   if (p.algorithm == Algorithm::direct) return "direct, bands of " + std::to_string(p.band) + " rows: " + p.reason;
-  const char* schedules[] = {"tile-fused", "V shared, output channels split", "V shared, points split"};
+  const char* schedules[] = {"tile-fused", "V shared, output channels split", "V shared, points split", "outputs split"};
   return std::string("winograd F(4x4,3x3), ") + schedules[int(p.schedule)] + ", tiles " + std::to_string(p.tiles) + ": " + p.reason;
 }
 
@@ -87,23 +90,31 @@ inline Plan choose_plan(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w
   return {Algorithm::winograd, Schedule::tile_fused, m.rows, in, groups, 0, "V and M of a group of tiles stay in L2"};
 }
 
-// grad_weight: V and Z of `tiles` tiles are shared, then threads take points and blocks of output channels.
+// grad_weight. Threads share nothing while there are parts and ranges for all of them: a host may place them on cores between which
+// data moves slowly. A range of output channels costs each of its threads V of the same tiles again, which is little beside the
+// products.
 inline Plan choose_grad_weight_plan(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m, Algorithm wanted) {
   const char* direct = wanted == Algorithm::direct     ? "asked for"
                        : wanted == Algorithm::winograd ? nullptr
                                                        : why_direct(n, in, out, h, w);
   if (direct) return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, 1, direct};
-  const int64_t tile_bytes = 36 * 4 * (points_row(in, m) + points_row(out, m));
-  // Each chunk passes V and Z through L3 once, and S = 36 x in x out once: neither should cost much more than the other.
-  const int64_t chunk_bytes = std::clamp<int64_t>(36 * 4 * in * out * 2 / 3, 4 << 20, 16 << 20);
+  const int64_t tiles = tile_grid(n, h, w).count(), blocks = ceil_div(out, m.block);
+  const int64_t tile_bytes = 36 * 4 * (points_row(in, m) + points_row(out, m)), s_bytes = 36 * 4 * in * round_up(out, m.block);
+  // Each chunk passes V and Z through L3 once, and S once: neither should cost much more than the other.
+  const int64_t chunk_bytes = std::clamp<int64_t>(s_bytes * 2 / 3, 4 << 20, 16 << 20);
   const int64_t fitting = std::max<int64_t>(chunk_bytes / tile_bytes / 16 * 16, 16);
+  const int64_t parts = std::clamp<int64_t>(std::min((16 << 20) / s_bytes, tiles / 128), 1, 4);
+  int64_t splits = 1;
+  while (splits < blocks && parts * splits % m.threads != 0 && parts * splits < 4 * m.threads) ++splits;
+  const bool enough = parts * splits >= m.threads;
   return {Algorithm::winograd,
-          Schedule::points_split,
-          std::min(tile_grid(n, h, w).count(), fitting),
+          enough ? Schedule::outputs_split : Schedule::points_split,
+          std::min(round_up(ceil_div(tiles, parts), 16), fitting),
           in,
-          1,
+          parts,
           0,
-          "V and Z of a chunk of tiles stay in L3"};
+          enough ? "V and Z stay with the thread that made them" : "few output channels and tiles for so many threads",
+          splits};
 }
 
 } // namespace vggfast::cpu

@@ -231,37 +231,97 @@ bool forward_points_split(const Kernels& k, const Plan& plan, const Image& x, co
 
 constexpr int64_t bias_group = 16; // tiles whose gradients are summed in fp32 before the sums are added in double
 
+// What grad_weight works on: S, the sum of V^T Z over a part of the tiles, for each part; the sums of dZ over groups of tiles.
+struct GradWeight {
+  const Kernels& k;
+  const Plan& plan;
+  const Image &x, &dz;
+  TileGrid grid;
+  int64_t padded, blocks, v_row, s_size;
+  float *s, *bias_sums;
+
+  GradWeight(const Kernels& k, const Plan& plan, const Image& x, const Image& dz, float* workspace)
+      : k(k), plan(plan), x(x), dz(dz), grid(tile_grid(x.n, x.h, x.w)), padded(round_up(dz.c, k.block)), blocks(padded / k.block),
+        v_row(points_row(x.c, machine(k, 1))), s_size(36 * x.c * padded), s(workspace), bias_sums(s + plan.groups * s_size) {}
+  int64_t workspace() const { return plan.groups * s_size + ceil_div(grid.count(), bias_group) * padded; }
+
+  // Parts of whole groups of tiles.
+  int64_t begin_of(int64_t part) const {
+    return std::min(ceil_div(grid.count(), bias_group) * part / plan.groups * bias_group, grid.count());
+  }
+  int64_t z_row(int64_t channels) const { return points_row(channels, machine(k, 1)); }
+
+  // V and Z of the tiles [begin, end), in whole groups, and output channels [c_begin, c_end).
+  void transform(int64_t begin, int64_t end, int64_t c_begin, int64_t c_end, const Points& v, const Points& z) const {
+    for (int64_t from = begin; from < end; from += bias_group) {
+      const TileRange tiles{grid, from, std::min(from + bias_group, end)};
+      k.winograd_input(x, tiles, v.from(from - begin));
+      k.winograd_grad_output(dz, tiles, c_begin, c_end, z.from(from - begin), bias_sums + from / bias_group * padded + c_begin);
+    }
+  }
+  // S of one point and block of output channels, whose Z is at z.
+  void accumulate(int64_t part, int64_t point, int64_t block, const Points& v, const Points& z, int64_t count, bool first) const {
+    k.winograd_accumulate(v.data + point * v.position, v.row, x.c, z.data + point * z.position, z.row, count, first,
+                          s + part * s_size + (block * 36 + point) * x.c * k.block);
+  }
+};
+
+// A thread takes a part of the tiles and a range of output channels through everything: V and Z never leave its core.
+void accumulate_outputs_split(const GradWeight& g, const Parallel& parallel) {
+  const Plan& plan = g.plan;
+  parallel(plan.groups * plan.splits, [&](int64_t job) {
+    const int64_t part = job / plan.splits, split = job % plan.splits, end = g.begin_of(part + 1);
+    const int64_t first_block = g.blocks * split / plan.splits, last_block = g.blocks * (split + 1) / plan.splits;
+    const int64_t c_begin = first_block * g.k.block, c_end = last_block * g.k.block, z_row = g.z_row(c_end - c_begin);
+    float* memory = scratch(36 * (odd_lines(plan.tiles * g.v_row) + odd_lines(plan.tiles * z_row)));
+    for (int64_t begin = g.begin_of(part); begin < end; begin += plan.tiles) {
+      const int64_t count = std::min(plan.tiles, end - begin);
+      const Points v{memory, g.v_row, odd_lines(count * g.v_row)}, z{memory + 36 * v.position, z_row, odd_lines(count * z_row)};
+      g.transform(begin, begin + count, c_begin, c_end, v, z);
+      for (int64_t i = 0; i < 36; ++i)
+        for (int64_t b = first_block; b < last_block; ++b)
+          g.accumulate(part, i, b, v, {z.data + (b - first_block) * g.k.block, z.row, z.position}, count,
+                       begin == g.begin_of(part));
+    }
+  });
+}
+
+// More threads than parts and ranges: all make V and Z of a chunk of tiles, then take points and blocks.
+void accumulate_points_split(const GradWeight& g, float* memory, const Parallel& parallel) {
+  const int64_t z_row = g.z_row(g.padded);
+  for (int64_t part = 0; part < g.plan.groups; ++part)
+    for (int64_t begin = g.begin_of(part), end = g.begin_of(part + 1); begin < end; begin += g.plan.tiles) {
+      const int64_t count = std::min(g.plan.tiles, end - begin);
+      const Points v{memory, g.v_row, odd_lines(count * g.v_row)}, z{memory + 36 * v.position, z_row, odd_lines(count * z_row)};
+      parallel(ceil_div(count, bias_group), [&](int64_t i) {
+        const int64_t from = i * bias_group;
+        g.transform(begin + from, begin + std::min(from + bias_group, count), 0, g.padded, v.from(from), z.from(from));
+      });
+      parallel(36 * g.blocks, [&](int64_t job) {
+        const int64_t i = job / g.blocks, b = job % g.blocks;
+        g.accumulate(part, i, b, v, {z.data + b * g.k.block, z.row, z.position}, count, begin == g.begin_of(part));
+      });
+    }
+}
+
 bool grad_weight_winograd(const Kernels& k, const Plan& plan, const Image& x, const Image& dz, const Filters& dw, float* bias,
                           float* workspace, const Parallel& parallel) {
-  const Machine m = machine(k, 1);
-  const TileGrid grid = tile_grid(x.n, x.h, x.w);
-  const int64_t v_row = points_row(x.c, m), z_row = points_row(dz.c, m), padded = round_up(dz.c, k.block);
-  const int64_t blocks = padded / k.block, groups = ceil_div(grid.count(), bias_group);
-  float *v_data = workspace, *z_data = v_data + 36 * odd_lines(plan.tiles * v_row),
-        *s = z_data + 36 * odd_lines(plan.tiles * z_row);
-  float* bias_sums = s + 36 * x.c * padded;
-  for (int64_t begin = 0; begin < grid.count(); begin += plan.tiles) {
-    const int64_t count = std::min(plan.tiles, grid.count() - begin);
-    const Points v{v_data, v_row, odd_lines(count * v_row)}, z{z_data, z_row, odd_lines(count * z_row)};
-    parallel(ceil_div(count, bias_group), [&](int64_t i) {
-      const int64_t from = i * bias_group, to = std::min(from + bias_group, count);
-      const TileRange tiles{grid, begin + from, begin + to};
-      k.winograd_input(x, tiles, v.from(from));
-      k.winograd_grad_output(dz, tiles, z.from(from), bias_sums + (begin / bias_group + i) * padded);
-    });
-    parallel(36 * blocks, [&](int64_t job) {
-      const int64_t i = job / blocks, b = job % blocks;
-      k.winograd_accumulate(v.data + i * v.position, v.row, x.c, z.data + i * z.position + b * k.block, z.row, count, begin == 0,
-                            s + (b * 36 + i) * x.c * k.block);
-    });
-  }
+  const GradWeight g(k, plan, x, dz, workspace);
+  if (plan.schedule == Schedule::points_split)
+    accumulate_points_split(g, workspace + g.workspace(), parallel);
+  else
+    accumulate_outputs_split(g, parallel);
   std::atomic<bool> finite{true};
-  parallel(blocks, [&](int64_t b) {
-    if (!k.winograd_grad_filters(s + b * 36 * x.c * k.block, b, dw)) finite.store(false, std::memory_order_relaxed);
+  parallel(g.blocks, [&](int64_t b) {
+    const int64_t size = 36 * x.c * k.block;
+    float* sum = g.s + b * size;
+    for (int64_t part = 1; part < plan.groups; ++part)
+      for (int64_t i = 0; i < size; ++i) sum[i] += sum[part * g.s_size + i];
+    if (!k.winograd_grad_filters(sum, b, dw)) finite.store(false, std::memory_order_relaxed);
   });
   for (int64_t c = 0; c < dz.c; ++c) {
     double sum = 0;
-    for (int64_t g = 0; g < groups; ++g) sum += bias_sums[g * padded + c];
+    for (int64_t i = 0; i < ceil_div(g.grid.count(), bias_group); ++i) sum += g.bias_sums[i * g.padded + c];
     bias[c] = float(sum);
   }
   return finite;
@@ -297,10 +357,10 @@ void forward(const Kernels& k, const Plan& plan, const Image& x, const Filters& 
 int64_t grad_weight_workspace(const Kernels& k, const Plan& plan, const Image& x, const Image& dz) {
   const int64_t direct = grad_weight_direct_workspace(k, x, dz);
   if (plan.algorithm == Algorithm::direct) return direct;
-  const Machine m = machine(k, 1);
-  const int64_t padded = round_up(dz.c, k.block), groups = ceil_div(tile_grid(x.n, x.h, x.w).count(), bias_group);
-  const int64_t winograd = 36 * (odd_lines(plan.tiles * points_row(x.c, m)) + odd_lines(plan.tiles * points_row(dz.c, m))) +
-                           36 * x.c * padded + groups * padded;
+  const GradWeight g(k, plan, x, dz, nullptr);
+  int64_t winograd = g.workspace();
+  if (plan.schedule == Schedule::points_split)
+    winograd += 36 * (odd_lines(plan.tiles * g.v_row) + odd_lines(plan.tiles * g.z_row(g.padded)));
   return std::max(direct, winograd);
 }
 

@@ -14,26 +14,38 @@ public:
   Memory() = default;
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
-  ~Memory() { std::free(data_); }
+  ~Memory() { release(); }
 
   // At least `floats` floats, aligned for every vector and cache line; their values are whatever was left there.
   float* reserve(int64_t floats) {
     if (floats <= size_) return data_;
-    constexpr int64_t huge_page = 2 << 20;
-    const int64_t bytes = floats * int64_t(sizeof(float)), page = bytes >= huge_page / 2 ? huge_page : 64;
-    const int64_t rounded = (bytes + page - 1) / page * page;
-    std::free(data_);
-    size_ = 0;
-    data_ = static_cast<float*>(std::aligned_alloc(page, rounded));
-    if (!data_) throw std::bad_alloc();
+    release();
+    // Fresh from the system, not from malloc: what malloc hands out again already has its small pages.
+    const int64_t rounded = (floats * int64_t(sizeof(float)) + page - 1) / page * page;
+    mapped_ = rounded + page;
+    base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base_ == MAP_FAILED) {
+      base_ = nullptr;
+      throw std::bad_alloc();
+    }
+    data_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(base_) + page - 1) / page * page);
 #ifdef MADV_HUGEPAGE
-    if (page == huge_page) madvise(data_, rounded, MADV_HUGEPAGE); // a wish; failure changes nothing
+    madvise(data_, rounded, MADV_HUGEPAGE); // a wish; failure changes nothing
 #endif
     size_ = rounded / int64_t(sizeof(float));
     return data_;
   }
 
 private:
+  static constexpr int64_t page = 2 << 20;
+
+  void release() {
+    if (base_) munmap(base_, mapped_);
+    base_ = nullptr, data_ = nullptr, size_ = 0;
+  }
+
+  void* base_ = nullptr;
+  size_t mapped_ = 0;
   float* data_ = nullptr;
   int64_t size_ = 0;
 };

@@ -18,8 +18,8 @@ static constexpr Kernels table = {
     kBlock,
     kRows,
     [](const Image& x, const TileRange& tiles, const Points& v) { VGGFAST_TYPED(x.dtype, winograd_input<T>(x, tiles, v)); },
-    [](const Image& dz, const TileRange& tiles, const Points& z, float* bias) {
-      VGGFAST_TYPED(dz.dtype, winograd_grad_output<T>(dz, tiles, z, bias));
+    [](const Image& dz, const TileRange& tiles, int64_t begin, int64_t end, const Points& z, float* bias) {
+      VGGFAST_TYPED(dz.dtype, winograd_grad_output<T>(dz, tiles, begin, end, z, bias));
     },
     [](const Filters& w, int64_t block, float* u) { VGGFAST_TYPED(w.dtype, winograd_filters<T>(w, block, u)); },
     winograd_multiply,

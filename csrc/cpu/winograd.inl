@@ -154,22 +154,23 @@ static inline Vec grad_output_tile(Patch<4>& patch, float* z, int64_t position) 
   return sum;
 }
 
-// Z[36][tile][z_row] of the tiles' output gradients, zero up to a whole block of channels; bias_sum[c] = their sums.
+// Z[36][tile][z_row] of the tiles' output gradients in channels [begin, end), whole blocks of them, zero past the last channel;
+// bias_sum[c] = their sums.
 template <class T>
-static void winograd_grad_output(const Image& dz, const TileRange& tiles, const Points& z, float* bias_sum) {
-  const int64_t padded = round_up(dz.c, kBlock);
-  memset(bias_sum, 0, padded * sizeof(float));
+static void winograd_grad_output(const Image& dz, const TileRange& tiles, int64_t begin, int64_t end, const Points& z,
+                                 float* bias_sum) {
+  memset(bias_sum, 0, (end - begin) * sizeof(float));
   Tile tile = tiles.grid.at(tiles.begin);
   for (int64_t t = tiles.begin; t < tiles.end; ++t, tiles.grid.next(tile))
-    for (int64_t c = 0; c < padded; c += Vec::width) {
-      float* p = z.data + (t - tiles.begin) * z.row + c;
+    for (int64_t c = begin; c < end; c += Vec::width) {
+      float *p = z.data + (t - tiles.begin) * z.row + c - begin, *sum = bias_sum + c - begin;
       if (c >= dz.c) {
         for (int i = 0; i < 36; ++i) Vec::zero().store(p + i * z.position);
         continue;
       }
       Patch<4> patch;
       load_any_patch<T>(dz, tile.n, 4 * tile.row, 4 * tile.col, c, lanes_from(c, dz.c), patch);
-      (Vec::load(bias_sum + c) + grad_output_tile(patch, p, z.position)).store(bias_sum + c);
+      (Vec::load(sum) + grad_output_tile(patch, p, z.position)).store(sum);
     }
 }
 

@@ -203,10 +203,13 @@ private:
 
   void grad_filters(const Image& dz) {
     Expected expected, expected_bias;
-    for (const Algorithm algorithm : {Algorithm::direct, Algorithm::winograd}) {
-      if (algorithm == Algorithm::winograd && p_.channels_first) continue;
-      Plan plan = choose_grad_weight_plan(p_.n, p_.in, p_.out, p_.h, p_.w, machine_, algorithm);
-      plan.tiles = std::min<int64_t>(plan.tiles, 16); // several chunks
+    const int64_t groups = ceil_div(tile_grid(p_.n, p_.h, p_.w).count(), 16), blocks = ceil_div(p_.out, k_.block);
+    const auto winograd = [&](Schedule schedule, int64_t splits) {
+      return Plan{Algorithm::winograd, schedule, 16, p_.in, std::min<int64_t>(groups, 2), 0, "driver", std::min(splits, blocks)};
+    };
+    for (const Plan& plan : {choose_grad_weight_plan(p_.n, p_.in, p_.out, p_.h, p_.w, machine_, Algorithm::direct),
+                             winograd(Schedule::points_split, 1), winograd(Schedule::outputs_split, 3)}) {
+      if (plan.algorithm == Algorithm::winograd && p_.channels_first) continue;
       Buffer dw(w_.bytes()), bias(p_.out * sizeof(float));
       Buffer workspace(grad_weight_workspace(k_, plan, x, dz) * sizeof(float), 64);
       grad_weight(k_, plan, x, dz, {dtype_, p_.out, p_.in, dw.as(), p_.in * 9, 9, 3, 1}, bias.as<float>(), workspace.as<float>(),
