@@ -49,20 +49,22 @@ def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         layers = {f"fc_layer.{index}": name for index, name in zip(linear, names, strict=True)}
         renamed = _rename(state, layers | {"conv": "features"})
     for name in CLASSIFIER:
-        weight = renamed.get(f"{name}.weight")
-        if isinstance(weight, Tensor) and weight.ndim == 4:
-            renamed[f"{name}.weight"] = weight.flatten(1)
+        key = f"{name}.weight"
+        if key in renamed and renamed[key].ndim == 4:
+            renamed[key] = renamed[key].flatten(1)
     return renamed
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The torchvision layout `state` with timm's keys, and with convolutions for the first two fully connected layers."""
     renamed = _rename(state, dict(zip(CLASSIFIER, _TIMM_HEAD, strict=True)))
-    channels = next((value.shape[0] for key, value in reversed(state.items()) if is_convolution(key, value)), 0)
+    channels = [value.shape[0] for key, value in state.items() if is_convolution(key, value)]
     for name in _TIMM_HEAD[:2]:
-        if (weight := renamed.get(f"{name}.weight")) is not None:
-            grid = round((weight.shape[1] / channels) ** 0.5) if name.endswith("fc1") and channels else 1
-            renamed[f"{name}.weight"] = weight.reshape(weight.shape[0], -1, grid, grid)
+        key = f"{name}.weight"
+        if key in renamed:
+            weight = renamed[key]
+            grid = round((weight.shape[1] / channels[-1]) ** 0.5) if name.endswith("fc1") and channels else 1
+            renamed[key] = weight.reshape(weight.shape[0], -1, grid, grid)
     return renamed
 
 
@@ -176,10 +178,9 @@ def architecture(state: Mapping[str, Tensor]) -> Architecture:
 
 def _classifier(state: Mapping[str, Tensor], channels: int) -> tuple[tuple[int, int], int | None, int]:
     """Widths of the hidden layers, classes and grid; the usual ones and None where there is no classifier."""
-    layers = [state.get(f"{name}.weight") for name in CLASSIFIER]
     if not any(key.startswith("classifier.") for key in state):
         return (4096, 4096), None, 7
-    first, second, last = layers
+    first, second, last = (state.get(f"{name}.weight") for name in CLASSIFIER)
     if first is None or second is None or last is None:
         raise ValueError(f"classifier: expected fully connected layers at {', '.join(CLASSIFIER)}.\n{_unknown(state)}")
     grid = round((first.shape[1] / channels) ** 0.5)
@@ -198,4 +199,3 @@ def _unknown(keys: Iterable[str], limit: int = 8) -> str:
         "expected a VGG checkpoint as torchvision (features.*, classifier.*), timm (features.*, pre_logits.*, head.*), Keras "
         f"(block*_conv*, fc1, fc2, predictions) or the tutorial class (conv.*, fc_layer.*) writes it; got the keys {shown or 'none'}"
     )
-
