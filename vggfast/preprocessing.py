@@ -60,6 +60,43 @@ def resized_shape(height: int, width: int, shorter: int) -> tuple[int, int]:
     return shorter, int(shorter * width / height)
 
 
+def rescale(img: Any, shorter: int, antialias: bool = True) -> Tensor:
+    """`img` with its shorter edge at `shorter` pixels, resized bilinearly as torchvision does, as a tensor.
+
+    From a PIL image of 8 bits a band, [C, H, W] of uint8; from a tensor [C, H, W] or [N, C, H, W] of integers or floats,
+    one of its dtype. Raises TypeError for anything else.
+    """
+    if isinstance(img, Tensor):
+        return _rescale_tensor(img, shorter, antialias)
+    if not hasattr(img, "getbands"):
+        raise TypeError(f"image: expected a PIL image or a torch.Tensor, got {type(img).__name__}")
+    height, width = resized_shape(img.height, img.width, shorter)
+    bilinear = 2  # PIL.Image.Resampling.BILINEAR, without importing PIL
+    img = img.resize((width, height), bilinear)
+    pixels = torch.frombuffer(bytearray(img.tobytes()), dtype=torch.uint8)
+    return pixels.view(height, width, len(img.getbands())).permute(2, 0, 1)
+
+
+def _rescale_tensor(img: Tensor, shorter: int, antialias: bool) -> Tensor:
+    if img.ndim not in (3, 4) or img.dtype == torch.bool:
+        raise TypeError(
+            "image: expected a tensor [C, H, W] or [N, C, H, W] of integers or of floats in [0, 1], "
+            f"got {list(img.shape)} of {img.dtype}"
+        )
+    size = resized_shape(img.shape[-2], img.shape[-1], shorter)
+    x = img if img.ndim == 4 else img.unsqueeze(0)
+    x = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
+    x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=antialias)
+    # Integers go back to their own grid before scaling, as PIL's and torchvision's resize leave them.
+    x = (x if img.is_floating_point() else x.round()).to(img.dtype)
+    return x if img.ndim == 4 else x.squeeze(0)
+
+
+def unit_range(x: Tensor) -> Tensor:
+    """Integers of full range as float32 in [0, 1]; floats as they are."""
+    return x if x.is_floating_point() else x.to(torch.float32) / torch.iinfo(x.dtype).max
+
+
 class ImageClassification(nn.Module):
     """torchvision's evaluation preprocessing in plain torch: resize, centre crop, scale to [0, 1], normalise.
 
@@ -86,43 +123,16 @@ class ImageClassification(nn.Module):
         self.antialias = antialias
 
     def forward(self, img: Any) -> Tensor:
-        x = self._crop_tensor(img) if isinstance(img, Tensor) else self._crop_pil(img)
-        if not x.is_floating_point():
-            x = x.to(torch.float32) / torch.iinfo(x.dtype).max
-        x = x.to(torch.float32)
+        if not isinstance(img, Tensor) and hasattr(img, "getbands") and len(img.getbands()) != 3:
+            raise ValueError(f"image: expected three bands, got mode {img.mode!r}; call img.convert('RGB') first")
+        x = rescale(img, self.resize_size, self.antialias)
+        height, width = x.shape[-2:]
+        top, left, size = self._offset(height), self._offset(width), self.crop_size
+        x = F.pad(x, [-left, left + size - width, -top, top + size - height])  # a negative pad is a crop
+        x = unit_range(x).to(torch.float32)
         mean = torch.tensor(self.mean, dtype=x.dtype, device=x.device).view(-1, 1, 1)
         std = torch.tensor(self.std, dtype=x.dtype, device=x.device).view(-1, 1, 1)
         return (x - mean) / std
-
-    def _crop_tensor(self, img: Tensor) -> Tensor:
-        if img.ndim not in (3, 4) or img.dtype == torch.bool:
-            raise TypeError(
-                "image: expected a tensor [C, H, W] or [N, C, H, W] of integers or of floats in [0, 1], "
-                f"got {list(img.shape)} of {img.dtype}"
-            )
-        height, width = resized_shape(img.shape[-2], img.shape[-1], self.resize_size)
-        x = img if img.ndim == 4 else img.unsqueeze(0)
-        x = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
-        x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=self.antialias)
-        # Integers go back to their own grid before scaling, as PIL's and torchvision's resize leave them.
-        x = (x if img.is_floating_point() else x.round()).to(img.dtype)
-        top, left = self._offset(height), self._offset(width)
-        size = self.crop_size
-        x = F.pad(x, [-left, left + size - width, -top, top + size - height])  # a negative pad is a crop
-        return x if img.ndim == 4 else x.squeeze(0)
-
-    def _crop_pil(self, img: Any) -> Tensor:
-        if not hasattr(img, "getbands"):
-            raise TypeError(f"image: expected a PIL image or a torch.Tensor, got {type(img).__name__}")
-        if len(img.getbands()) != 3:
-            raise ValueError(f"image: expected three bands, got mode {img.mode!r}; call img.convert('RGB') first")
-        height, width = resized_shape(img.height, img.width, self.resize_size)
-        top, left = self._offset(height), self._offset(width)
-        size = self.crop_size
-        bilinear = 2  # PIL.Image.Resampling.BILINEAR, without importing PIL
-        img = img.resize((width, height), bilinear).crop((left, top, left + size, top + size))
-        pixels = torch.frombuffer(bytearray(img.tobytes()), dtype=torch.uint8)
-        return pixels.view(size, size, 3).permute(2, 0, 1)
 
     def _offset(self, length: int) -> int:
         """Where the crop begins on an edge of `length` pixels; negative where the edge is padded instead."""

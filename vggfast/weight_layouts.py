@@ -99,8 +99,9 @@ def _from_keras(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         _copy_bias(state, f"block{block}_conv{number}", renamed, f"features.{index}")
         index, channels = index + 2, kernel.shape[3]
     for old, new in zip(_KERAS_HEAD, CLASSIFIER, strict=True):
-        if (kernel := state.get(f"{old}.kernel")) is not None:
-            renamed[f"{new}.weight"] = (_hwc_to_chw(kernel, channels) if old == "fc1" else kernel.T).contiguous()
+        if f"{old}.kernel" in state:
+            dense = state[f"{old}.kernel"]
+            renamed[f"{new}.weight"] = (_hwc_to_chw(dense, channels) if old == "fc1" else dense.T).contiguous()
             _copy_bias(state, old, renamed, new)
     return renamed
 
