@@ -1,4 +1,4 @@
-"""The command line, `python -m vggfast` or `vggfast`: info, explain, bench, train. Thin: options in, the library's answer out."""
+"""The command line, `python -m vggfast` or `vggfast`: info, explain, bench, train, evaluate, predict. Thin: options in, the library's answer out."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from rich.table import Table
 import vggfast
 import vggfast.models
 from vggfast import _C, cuda_plan, switches
-from vggfast.recipes import RecipeError
+from vggfast.recipes import RecipeError, commands
 from vggfast.recipes.config import MODELS, AmpName, ModelName, TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -267,3 +267,7 @@ def _train(data: str | None, output: Path | None, said: dict[str, Any], resume: 
         ("checkpoint", result.checkpoint),
     ):
         console.print(f"{what + ':':<16}{path}", highlight=False)
+
+
+app.command()(errors_for_users()(commands.evaluate))
+app.command()(errors_for_users()(commands.predict))
