@@ -29,18 +29,16 @@ WeightsOption = Annotated[
 ]
 SizeOption = Annotated[
     int | None,
-    typer.Option(
-        min=32, help="Crop, in pixels.  [default: that of the training, else 224; 32 for digits, mnist, fake]"
-    ),
+    typer.Option(min=32, help="Crop, in pixels. Default: that of the training, else 224; 32 for digits, mnist, fake."),
 ]
 ScalesOption = Annotated[
     str | None,
-    typer.Option(help="Lengths of the shorter edge to rescale to, as 256,384,512.  [default: 256 for crops of 224]"),
+    typer.Option(help="Lengths of the shorter edge to rescale to, as 256,384,512. Default: 256 for crops of 224."),
 ]
 DenseOption = Annotated[bool, typer.Option("--dense", help="The whole image, through the fully convolutional network.")]
 CropsOption = Annotated[
     Literal["center", "grid", "none"] | None,
-    typer.Option(help="The central crop, or 5x5 of them.  [default: center; none with --dense]"),
+    typer.Option(help="The central crop, or 5x5 of them. Default: center; none with --dense."),
 ]
 FlipOption = Annotated[bool, typer.Option("--flip", help="Mirrored images too.")]
 PreprocessingOption = Annotated[
@@ -61,7 +59,7 @@ def evaluate(
     dense: DenseOption = False,
     crops: CropsOption = None,
     flip: FlipOption = False,
-    top: Annotated[str | None, typer.Option(help="Right is what is among the k likeliest.  [default: 1,5]")] = None,
+    top: Annotated[str | None, typer.Option(help="Right is what is among the k likeliest. Default: 1,5.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many images.")] = None,
     held_out: Annotated[
         bool, typer.Option("--held-out", help="Of a folder of <class>/…, the fifth that training held out.")
