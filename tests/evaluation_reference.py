@@ -12,7 +12,8 @@ def weights_of_pixel(position: int, old: int, new: int) -> list[tuple[int, float
     step = old / new
     width = max(step, 1.0)
     center = (position + 0.5) * step
-    weights = [(j, max(0.0, 1 - abs(j + 0.5 - center) / width)) for j in range(old)]
+    near = range(max(0, math.floor(center - width)), min(old, math.ceil(center + width)))
+    weights = [(j, max(0.0, 1 - abs(j + 0.5 - center) / width)) for j in near]
     total = sum(weight for _, weight in weights)
     return [(j, weight / total) for j, weight in weights if weight > 0]
 
@@ -52,12 +53,10 @@ def features(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 def scores_of_features(model: torch.nn.Module, maps: torch.Tensor) -> torch.Tensor:
     """Class scores of the features of one crop [C, g, g]: pooled to 7x7, flattened, three matrices."""
     g = maps.shape[1]
-    pooled = torch.zeros(len(maps), 7, 7, dtype=torch.float64)
-    for i in range(7):
-        for j in range(7):
-            rows = slice(i * g // 7, -(-(i + 1) * g // 7))
-            columns = slice(j * g // 7, -(-(j + 1) * g // 7))
-            pooled[:, i, j] = maps[:, rows, columns].mean((1, 2))
+    bins = [slice(i * g // 7, -(-(i + 1) * g // 7)) for i in range(7)]
+    pooled = torch.stack(
+        [torch.stack([maps[:, rows, columns].mean((1, 2)) for columns in bins], 1) for rows in bins], 1
+    )
     first, second, third = (model.classifier[index] for index in (0, 3, 6))
     hidden = (first.weight @ pooled.flatten() + first.bias).clamp(min=0)
     hidden = (second.weight @ hidden + second.bias).clamp(min=0)
@@ -99,12 +98,12 @@ def answer(models, image, mean, std, size, scales, dense, which, flip):
             probabilities = []
             for scale in scales:
                 whole = (resize(image, scale) - mean) / std
-                for view in [whole, whole.flip(2)] if flip else [whole]:
-                    if kind == "dense":
-                        probabilities.append(dense_answer(model, view, size))
-                    else:
-                        for crop in crops(view, size, kind):
-                            probabilities.append(softmax(scores_of_features(model, features(model, crop))))
+                for view in [whole] if kind == "dense" else crops(whole, size, kind):
+                    for shown in [view, view.flip(2)] if flip else [view]:
+                        if kind == "dense":
+                            probabilities.append(dense_answer(model, shown, size))
+                        else:
+                            probabilities.append(softmax(scores_of_features(model, features(model, shown))))
             of_kinds.append(torch.stack(probabilities).mean(0))
         of_models.append(torch.stack(of_kinds).mean(0))
     return torch.stack(of_models).mean(0)
