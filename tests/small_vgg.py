@@ -47,7 +47,7 @@ def narrow_vgg(cfg=NARROW, num_classes=7, in_channels=3, batch_norm=False, hidde
         model = VGG(nn.Identity(), num_classes, init_weights=False)
     torch.manual_seed(seed)
     model.features = make_layers(cfg, batch_norm, in_channels)
-    model.avgpool = nn.AdaptiveAvgPool2d(grid)
+    model.avgpool = nn.AdaptiveAvgPool2d((grid, grid))
     channels = [layer for layer in cfg if isinstance(layer, int)][-1]
     for index, sizes in ((0, (channels * grid**2, hidden)), (3, (hidden, hidden)), (6, (hidden, num_classes))):
         model.classifier[index] = nn.Linear(*sizes)

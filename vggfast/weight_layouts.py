@@ -58,12 +58,12 @@ def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The torchvision layout `state` with timm's keys, and with convolutions for the first two fully connected layers."""
     renamed = _rename(state, dict(zip(CLASSIFIER, _TIMM_HEAD, strict=True)))
-    channels = [value.shape[0] for key, value in state.items() if is_convolution(key, value)]
+    widths = {int(key.split(".")[1]): value.shape[0] for key, value in state.items() if is_convolution(key, value)}
     for name in _TIMM_HEAD[:2]:
         key = f"{name}.weight"
         if key in renamed:
             weight = renamed[key]
-            grid = round((weight.shape[1] / channels[-1]) ** 0.5) if name.endswith("fc1") and channels else 1
+            grid = round((weight.shape[1] / widths[max(widths)]) ** 0.5) if name.endswith("fc1") and widths else 1
             renamed[key] = weight.reshape(weight.shape[0], -1, grid, grid)
     return renamed
 
@@ -90,7 +90,8 @@ def _from_keras(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if position and block != convolutions[position - 1][0]:
             index += 1  # the pool that ends a block
         kernel = state[f"block{block}_conv{number}.kernel"]
-        if kernel.ndim != 4 or kernel.shape[0] != kernel.shape[1]:
+        follows = kernel.ndim == 4 and (position == 0 or kernel.shape[2] == channels)
+        if not follows or kernel.shape[0] != kernel.shape[1]:
             raise RuntimeError(
                 f"block{block}_conv{number}: expected a kernel [H, W, C_in, C_out], got {list(kernel.shape)}: these are "
                 "Theano's weights (th_kernels); use the file for TensorFlow (tf_kernels)"
