@@ -59,7 +59,11 @@ def load_model(weights: WeightsSpec, progress: bool = True) -> LoadedModel:
     state = read_state_dict(path)
     layout = recognise(state) or "unknown"
     try:
-        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        mapped = path.suffix == ".safetensors"  # its tensors lie in the file, and would change with it
+        state = {
+            key: value.to(torch.float32, copy=mapped) if value.is_floating_point() else value.clone()
+            for key, value in state.items()
+        }
         state = to_torchvision(state)
         found = architecture(state)
     except ValueError as error:
