@@ -15,8 +15,9 @@ from rich.table import Table
 
 import vggfast
 import vggfast.models
+import vggfast.recipes.commands
 from vggfast import _C, cuda_plan, switches
-from vggfast.recipes import RecipeError, commands
+from vggfast.recipes import RecipeError
 from vggfast.recipes.config import MODELS, AmpName, ModelName, TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -162,6 +163,10 @@ def _print_roofline(explanation: vggfast.Explanation, as_json: bool) -> None:
     )
 
 
+for _command in (vggfast.recipes.commands.evaluate, vggfast.recipes.commands.predict):
+    app.command()(errors_for_users()(_command))
+
+
 @app.command()
 def bench(
     model: Annotated[Literal["vgg11", "vgg13", "vgg16", "vgg19"], typer.Option(help="The network.")] = "vgg16",
@@ -267,7 +272,3 @@ def _train(data: str | None, output: Path | None, said: dict[str, Any], resume: 
         ("checkpoint", result.checkpoint),
     ):
         console.print(f"{what + ':':<16}{path}", highlight=False)
-
-
-app.command()(errors_for_users()(commands.evaluate))
-app.command()(errors_for_users()(commands.predict))
