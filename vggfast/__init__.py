@@ -10,8 +10,10 @@ import torch as _torch  # noqa: F401  (loads the libraries that _C is linked to)
 
 from vggfast import ops, switches
 from vggfast._C import build_info as _build_info
+from vggfast.dense import to_dense
 from vggfast.explanation import Explanation, explain
 from vggfast.fused import FusedSequential, convert
+from vggfast.loading import LoadedModel, load_model, save_weights
 from vggfast.models import (
     VGG,
     VGG11,
@@ -56,6 +58,7 @@ __all__ = [
     "VGG19",
     "Explanation",
     "FusedSequential",
+    "LoadedModel",
     "VGG11_BN_Weights",
     "VGG11_Weights",
     "VGG13_BN_Weights",
@@ -66,10 +69,13 @@ __all__ = [
     "VGG19_Weights",
     "convert",
     "explain",
+    "load_model",
     "load_weights",
     "make_layers",
     "ops",
+    "save_weights",
     "switches",
+    "to_dense",
     "vgg11",
     "vgg11_bn",
     "vgg11_lrn",

@@ -1,4 +1,4 @@
-"""The command line, `python -m vggfast` or `vggfast`: info, explain, bench, train. Thin: options in, the library's answer out."""
+"""The command line, `python -m vggfast` or `vggfast`: info, explain, bench, train, evaluate, predict. Thin: options in, the library's answer out."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from rich.table import Table
 
 import vggfast
 import vggfast.models
+import vggfast.recipes.commands
 from vggfast import _C, cuda_plan, switches
 from vggfast.recipes import RecipeError
 from vggfast.recipes.config import MODELS, AmpName, ModelName, TrainConfig
@@ -160,6 +161,10 @@ def _print_roofline(explanation: vggfast.Explanation, as_json: bool) -> None:
     typer.echo(
         json.dumps({"ceilings": asdict(ceilings), "rows": rows}, indent=2) if as_json else table(predictions, ceilings)
     )
+
+
+for _command in (vggfast.recipes.commands.evaluate, vggfast.recipes.commands.predict):
+    app.command()(errors_for_users()(_command))
 
 
 @app.command()

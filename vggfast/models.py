@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from vggfast.fused import FusedSequential
+from vggfast.weight_layouts import adapt_in_channels
 from vggfast.weights import (
     VGG11_BN_Weights,
     VGG11_Weights,
@@ -109,6 +110,31 @@ class VGG(nn.Module):
         x = torch.flatten(x, 1)
         x = self.classifier(x)
         return x
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new last layer for `num_classes` in the place of the old, on its device and in its dtype, drawn as VGG draws it."""
+        num_classes = _count("num_classes", num_classes, least=1)
+        last = self.classifier[-1]
+        if not isinstance(last, nn.Linear):
+            raise TypeError(f"classifier: expected an nn.Linear as its last layer, got {type(last).__name__}")
+        weight = last.weight
+        new = nn.Linear(last.in_features, num_classes, last.bias is not None, weight.device, weight.dtype)
+        nn.init.normal_(new.weight, 0, 0.01)
+        if new.bias is not None:
+            nn.init.zeros_(new.bias)
+        self.classifier[-1] = new
+
+    def reset_in_channels(self, in_channels: int) -> None:
+        """Put a first convolution for images of `in_channels` in the place of the old, its filters adapted.
+
+        `vggfast.weight_layouts.adapt_in_channels` says how. Raises TypeError where `features` begins with another layer.
+        """
+        in_channels = _count("in_channels", in_channels, least=1)
+        first = self.features[0] if isinstance(self.features, nn.Sequential) else self.features
+        if type(first) is not nn.Conv2d or first.groups != 1:
+            raise TypeError(f"features: expected an nn.Conv2d as its first layer, got {type(first).__name__}")
+        weight = nn.Parameter(adapt_in_channels(first.weight.detach(), in_channels), first.weight.requires_grad)
+        first.weight, first.in_channels = weight, in_channels
 
 
 def _initialise(model: nn.Module) -> None:

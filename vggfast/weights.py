@@ -6,27 +6,20 @@ members are accepted; where it is not, `vggfast.preprocessing` computes the same
 
 import importlib
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TypeAlias
-from urllib.parse import urlparse
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vggfast.checkpoint_files import SUFFIXES, fetch, read_state_dict
 from vggfast.preprocessing import ImageClassification
-
-_CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt", ".bin")
-_WRAPPERS = ("state_dict", "model", "model_state_dict")  # training checkpoints keep the state_dict under one of these
-_PREFIXES = ("module.", "_orig_mod.")  # left in the keys by DistributedDataParallel and by torch.compile
+from vggfast.weight_layouts import LAYOUTS, adapt_in_channels, recognise, to_timm, to_torchvision
 
 
 def _torchvision_models(purpose: str) -> Any:
@@ -84,7 +77,7 @@ class WeightsEnum(Enum):
 
     def get_state_dict(self, progress: bool = True, check_hash: bool = True) -> dict[str, Tensor]:
         """The checkpoint's state_dict, downloaded into torch.hub's cache on first use; see `read_checkpoint`."""
-        return _read_state_dict(_fetch(self.url, progress, check_hash))
+        return read_state_dict(fetch(self.url, progress, check_hash))
 
     @property
     def url(self) -> str:
@@ -210,7 +203,7 @@ def resolve(spec: Any, enums: Iterable[type[WeightsEnum]] = _ENUMS.values()) -> 
         if enum is not None and member in enum.__members__:
             return enum[member]
         path = Path(spec).expanduser()
-        if enum_name not in _ENUMS and (path.suffix in _CHECKPOINT_SUFFIXES or os.sep in spec or path.is_file()):
+        if enum_name not in _ENUMS and (path.suffix in SUFFIXES or os.sep in spec or path.is_file()):
             return path
         names = ", ".join(f"{enum.__name__}.{name}" for enum in enums for name in enum.__members__) or expected
         raise ValueError(f"weights: expected {names}, a path to a checkpoint, or a URL; got {spec!r}")
@@ -221,98 +214,41 @@ def resolve(spec: Any, enums: Iterable[type[WeightsEnum]] = _ENUMS.values()) -> 
     )
 
 
-def _fetch(url: str, progress: bool, check_hash: bool) -> Path:
-    """Where `url` lies in torch.hub's cache; downloads it there unless a file of that name is there already."""
-    name = os.path.basename(urlparse(url).path)
-    if not name:
-        raise ValueError(f"weights: expected a URL that ends in a file name, got {url!r}")
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if cached.exists():
-        return cached
-    sha256_prefix = cached.stem.rpartition("-")[2] if check_hash else None
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(cached), sha256_prefix, progress)
-    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the hash differs
-        raise OSError(
-            f"cannot download {url}: {error}\nWithout a network, download it elsewhere and put it at\n  {cached}\n"
-            "where it is then found, or pass the path of a local copy as `weights`."
-        ) from error
-    return cached
-
-
-def _read_file(path: Path) -> Any:
-    """What a .safetensors file or a torch.save file holds; RuntimeError that says why it cannot be read."""
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"weights: expected a checkpoint file ({', '.join(_CHECKPOINT_SUFFIXES)}), {path} {what}"
-        )
-    with path.open("rb") as file:
-        head = file.read(64)
-    again = "If it was downloaded, delete it and download it again."
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise RuntimeError(
-            f"{path}: expected a checkpoint, got a web page (a log-in or error page of the server?). {again}"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and safetensors readers raise a dozen types on damaged files
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise RuntimeError(
-                f"{path}: expected a state_dict (names and tensors), got pickled Python objects, which can run any code "
-                "when loaded. If you trust the file, torch.load(path, weights_only=False) it yourself and save its "
-                "state_dict() anew."
-            ) from error
-        reason = (str(error).splitlines() or [""])[0]
-        raise RuntimeError(
-            f"{path}: expected a checkpoint saved by torch.save or safetensors, got {path.stat().st_size} bytes that "
-            f"cannot be read, damaged or cut short ({type(error).__name__}: {reason}). {again}"
-        ) from error
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    state = _read_file(path)
-    if isinstance(state, Mapping):
-        state = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), state)
-    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
-        keys = f" with keys {', '.join(map(repr, list(state)[:8]))}" if isinstance(state, Mapping) else ""
-        raise RuntimeError(
-            f"{path}: expected a state_dict (names and tensors), alone or under one of {', '.join(_WRAPPERS)}; "
-            f"got {type(state).__name__}{keys}"
-        )
-    state = dict(state)
-    for prefix in _PREFIXES:
-        nn.modules.utils.consume_prefix_in_state_dict_if_present(state, prefix)
-    return state
-
-
 def read_checkpoint(weights: WeightsSpec, progress: bool = True) -> dict[str, Tensor]:
-    """The state_dict in a published checkpoint, a local file (.pth, .pt, .safetensors) or behind a URL, on the CPU.
+    """The state_dict in a published checkpoint, a local file or behind a URL, with torchvision's keys, on the CPU.
 
-    Wrappers ({"state_dict": …}, {"model": …}) and the prefixes of DistributedDataParallel and torch.compile are taken
-    off. Only tensors are unpickled, never code. A URL is cached as torch.hub caches it: in
+    Files are torch's (.pth, .pt, .ckpt, .bin), safetensors, or Keras's (.h5, .keras). Wrappers ({"state_dict": …},
+    {"model": …}) and the prefixes of DistributedDataParallel and torch.compile are taken off; the layouts that
+    `vggfast.weight_layouts` lists are converted, and keys of no known layout stay as they are. Only tensors are unpickled, never code. A URL is cached as torch.hub caches it: in
     `torch.hub.get_dir()/checkpoints/<last part of the URL>`, and a file of that name there is taken for it.
-    Raises OSError (cannot download, no such file) or RuntimeError (the file is damaged or is no state_dict).
+    Raises OSError (cannot download, no such file) or RuntimeError (the file is damaged or is no state_dict), and
+    ImportError where a Keras file comes without h5py.
     """
+    return to_torchvision(read_state_dict(locate(weights, progress)))
+
+
+def locate(weights: WeightsSpec, progress: bool = True) -> Path:
+    """Where the file of `weights` lies, downloaded if need be; see `read_checkpoint`."""
     spec = resolve(weights)
-    if isinstance(spec, WeightsEnum):
-        return spec.get_state_dict(progress)
     if spec is None:
         raise TypeError("weights: expected a weights enum, a path or a URL, got None")
-    return _read_state_dict(spec if isinstance(spec, Path) else _fetch(spec, progress, check_hash=False))
+    if isinstance(spec, Path):
+        return spec
+    published = isinstance(spec, WeightsEnum)
+    return fetch(spec.url if isinstance(spec, WeightsEnum) else spec, progress, check_hash=published)
 
 
-def load_weights(model: nn.Module, weights: WeightsSpec, progress: bool = True) -> None:
+def load_weights(model: nn.Module, weights: WeightsSpec, progress: bool = True, *, adapt: bool = False) -> None:
     """Load a checkpoint (see `read_checkpoint`) into `model`, all of it or, on any error, nothing.
+
+    `model` has torchvision's keys, timm's, or those of the checkpoint. With `adapt`, a model for another number of
+    channels gets the first filters by `adapt_in_channels`, and one for another number of classes keeps its last layer.
 
     Raises RuntimeError where keys or shapes do not fit: it names them and says what to change. As an exception,
     IMAGENET1K_FEATURES may lack the classifier, which then keeps its values, with a warning.
     """
-    state = read_checkpoint(weights, progress)
     own = model.state_dict()
+    state = _as_in(own, read_state_dict(locate(weights, progress)), adapt)
     # Checkpoints older than torch 0.4.1 have no num_batches_tracked; BatchNorm then starts counting at its own value.
     missing = [key for key in own if key not in state and not key.endswith(".num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
@@ -333,6 +269,27 @@ def load_weights(model: nn.Module, weights: WeightsSpec, progress: bool = True) 
     model.load_state_dict(state, strict=False)
 
 
+def _as_in(own: Mapping[str, Tensor], state: dict[str, Tensor], adapt: bool) -> dict[str, Tensor]:
+    """`state` in the layout of `own`: its keys, its fully connected layers as matrices or as convolutions."""
+    layout = recognise(own)
+    if layout != recognise(state) and layout is not None:
+        state = to_torchvision(state)
+        state = to_timm(state) if layout == "timm" else state
+    for name in ("classifier.0", "classifier.3", "classifier.6"):
+        key = f"{name}.weight"
+        if key in own and key in state and own[key].ndim != state[key].ndim and own[key].numel() == state[key].numel():
+            state[key] = state[key].view(own[key].shape)
+    if not adapt:
+        return state
+    first, last = "features.0.weight", "head.fc" if layout == "timm" else "classifier.6"
+    if first in own and first in state:
+        state[first] = adapt_in_channels(state[first], own[first].shape[1])
+    last_keys = [key for key in (f"{last}.weight", f"{last}.bias") if key in own and key in state]
+    if any(own[key].shape[0] != state[key].shape[0] for key in last_keys):
+        state |= {key: own[key] for key in last_keys}
+    return state
+
+
 def _shorten(items: list[str], limit: int = 4) -> str:
     return "; ".join(items[:limit]) + ("; …" if len(items) > limit else "")
 
@@ -349,16 +306,23 @@ def _advice(
     if first in state and has_norm != any(key.endswith("running_mean") for key in own):
         return f"The checkpoint was saved {'with' if has_norm else 'without'} BatchNorm: build the model so, too."
     if first in shapes and len(shapes[first][1]) == 4 and shapes[first][0][1] != shapes[first][1][1]:
-        return f"The checkpoint takes images of other channels: build with in_channels={shapes[first][1][1]}."
+        return (
+            f"The checkpoint takes images of other channels: build with in_channels={shapes[first][1][1]}, or let "
+            "load_weights(…, adapt=True) adapt the first filters."
+        )
     if last in shapes and set(shapes) <= {last, "classifier.6.bias"}:
         classes = shapes[last][1][0]
         return (
             f"The checkpoint was trained for {classes} classes: build with num_classes={classes}; if you need another "
-            "number, put a new nn.Linear into model.classifier[6] after loading."
+            "number, call model.reset_classifier(…) after loading, or load_weights(…, adapt=True)."
         )
     if headless:
         return (
             "The checkpoint holds no classifier. To load its features alone: "
             "model.load_state_dict(vggfast.weights.read_checkpoint(…), strict=False)."
         )
-    return "The checkpoint was saved from another architecture: build the model that it was saved from."
+    known = f"with the keys of {recognise(state)}" if recognise(state) else f"with keys of none of {', '.join(LAYOUTS)}"
+    return (
+        f"The checkpoint was saved from another architecture, {known}: build the model that it was saved from, or let "
+        "vggfast.load_model(…) build it."
+    )

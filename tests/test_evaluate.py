@@ -1,0 +1,385 @@
+"""Evaluation and prediction: the paper's protocols against a slow reference in float64, folders of images, what is said."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from evaluation_reference import answer
+from small_vgg import NARROW_D, narrow_vgg
+from test_cli import assert_one_message, run
+from torch import nn
+
+import vggfast
+from vggfast.loading import LoadedModel
+from vggfast.preprocessing import CAFFE, IMAGENET_MEAN, IMAGENET_STD, Normalisation
+from vggfast.recipes import RecipeError
+from vggfast.recipes.evaluate import Labelled, Sample, evaluate, find
+from vggfast.recipes.predict import open_model, predict
+from vggfast.recipes.views import Classifier, Views
+
+Image = pytest.importorskip("PIL.Image")
+COLOURS = {"blue": (40, 60, 220), "green": (30, 200, 60), "red": (220, 40, 30)}
+
+
+def pixels(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---- the paper's protocols -----------------------------------------------------------------------------------------
+
+PROTOCOLS = {
+    "single crop": Views(64),
+    "flip": Views(64, (70,), flip=True),
+    "dense": Views(64, (96,), dense=True, crops="none"),
+    "dense, multi-scale": Views(64, (64, 80, 128), dense=True, crops="none", flip=True),
+    "dense below the size": Views(96, (64,), dense=True, crops="none"),
+    "multi-crop": Views(64, (75, 90), crops="grid", flip=True),
+    "dense and multi-crop": Views(64, (81,), dense=True, crops="grid", flip=True),
+    "dense and central crop": Views(64, (100,), dense=True, crops="center"),
+}
+
+
+def reference(models, image, views, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
+    return answer(models, image, mean, std, views.size, views.scales, views.dense, views.crops, views.flip)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "dense below the size"])
+def test_protocols_are_the_references(name):
+    views = PROTOCOLS[name]
+    models = [narrow_vgg(seed=1).double(), narrow_vgg(NARROW_D, seed=2).double()]  # an ensemble
+    models = models if views.crops != "grid" else models[:1]
+    images = [pixels(3, 80, 110), pixels(3, 130, 75, seed=1)]
+    for batch_size in (1, 7) if "multi-scale" in name else (16,):
+        got = Classifier(models, views, batch_size=batch_size)(images)
+        assert got.dtype == torch.float64
+        for row, image in zip(got, images, strict=True):
+            expected = reference(models, image, views)
+            torch.testing.assert_close(row, expected, rtol=1e-9, atol=1e-12)
+    assert (got[0] - got[1]).abs().max() > 1e-3  # the protocol can tell images apart
+    assert views.count * 2 == sum(1 for image in images for _ in views.of(image))
+
+
+@torch.no_grad()
+def test_dense_below_the_size_is_the_plain_model():
+    model, image = narrow_vgg().double(), pixels(3, 64, 64)
+    x = Normalisation()(image)[None]
+    got = Classifier([model], PROTOCOLS["dense below the size"])([image])
+    # 64 pixels have features of 2x2, pooled to the 3x3 of a crop of 96, and those to 7x7
+    maps = nn.functional.adaptive_avg_pool2d(nn.functional.adaptive_avg_pool2d(model.features(x), 3), 7)
+    torch.testing.assert_close(got, model.classifier(maps.flatten(1)).softmax(1))
+
+
+def test_the_papers_150_crops():
+    views = Views(224, (256, 384, 512), crops="grid", flip=True)
+    assert views.count == 150
+    shapes = {view.pixels.shape for view in views.of(torch.rand(3, 300, 400))}
+    assert shapes == {(3, 224, 224)}
+
+
+def test_float32_and_files_agree_with_float64(tmp_path):
+    path = tmp_path / "a.png"
+    image = Image.fromarray((pixels(90, 120, 3) * 255).to(torch.uint8).numpy())
+    image.save(path)
+    model, views = narrow_vgg(), PROTOCOLS["dense and central crop"]
+    got = Classifier([model], views)([Image.open(path)])[0]
+    exact = torch.from_numpy(numpy.array(image)).permute(2, 0, 1).double() / 255
+    expected = reference([narrow_vgg().double()], exact, views)
+    torch.testing.assert_close(got, expected, rtol=0, atol=5e-3)  # Pillow rounds resized pixels to 8 bits
+
+
+def test_caffes_preprocessing():
+    image = pixels(3, 40, 50)
+    expected = (255 * image).flip(0) - torch.tensor([103.939, 116.779, 123.68], dtype=torch.float64).view(3, 1, 1)
+    torch.testing.assert_close(CAFFE(image), expected)
+    model = narrow_vgg().double()
+    loaded = LoadedModel(model, None, CAFFE, True, 64, 3, "keras", "here")
+    got = Classifier([loaded], Views(32, (40,), crops="center"))([image])[0]
+    crop = expected[:, 4:36, 9:41]
+    torch.testing.assert_close(got, model(crop[None]).softmax(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 31}, "size: expected at least 32 pixels"),
+        ({"scales": (223,)}, "scales: expected none below 224 pixels, the size of a crop"),
+        ({"scales": (31,), "dense": True, "crops": "none"}, "scales: expected none below 32 pixels"),
+        ({"scales": ()}, "scales: expected at least one length"),
+        ({"crops": "none"}, "expected center or grid, or dense evaluation, got neither"),
+        ({"crops": "corners"}, "crops: expected none, center or grid, got 'corners'"),
+    ],
+)
+def test_views_that_cannot_be(settings, message):
+    with pytest.raises(RecipeError, match=message):
+        Views(**settings)
+
+
+def test_models_that_do_not_fit():
+    image = torch.rand(3, 40, 40)
+    with pytest.raises(RecipeError, match="expected the same number of classes in each of an ensemble, got 7, 5"):
+        Classifier([narrow_vgg(), narrow_vgg(num_classes=5)], Views(32))([image])
+    with pytest.raises(RecipeError, match=r"image: expected \[1, H, W\], as the network takes, got \[3, 40, 40\]"):
+        Classifier([narrow_vgg(in_channels=1)], Views(32))([image])
+    with pytest.raises(RecipeError, match="dense evaluation: model: expected a VGG"):
+        Classifier([nn.Conv2d(3, 3, 3)], Views(32, dense=True))
+    broken = narrow_vgg()
+    broken.classifier[6].bias.data.fill_(float("nan"))
+    with pytest.raises(RecipeError, match="scores are not finite"):
+        Classifier([broken], Views(32))([image])
+
+
+# ---- labelled images -----------------------------------------------------------------------------------------------
+
+
+class Colours(nn.Module):
+    """Scores that say which of red, green and blue there is most of; a model for whose answers no training is needed."""
+
+    def __init__(self, order=("red", "green", "blue")):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1, bias=False)
+        rgb = {"red": 0, "green": 1, "blue": 2}
+        self.conv.weight.data = torch.eye(3)[[rgb[name] for name in order]].view(3, 3, 1, 1)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes, four images of each; one image of "green" is red, and two files are no images."""
+    for name, colour in COLOURS.items():
+        place = tmp_path / "data" / name
+        place.mkdir(parents=True)
+        for number in range(4):
+            shown = COLOURS["red"] if (name, number) == ("green", 3) else colour
+            Image.new("RGB", (50 + 5 * number, 40), shown).save(place / f"{number}.png")
+    (tmp_path / "data" / "red" / "broken.jpg").write_bytes(b"no image")
+    whole = (tmp_path / "data" / "blue" / "0.png").read_bytes()
+    (tmp_path / "data" / "blue" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "data" / "blue" / "notes.txt").write_text("not an image, and not looked at")
+    return tmp_path / "data"
+
+
+def colours(classes=("red", "green", "blue")):
+    return LoadedModel(
+        Colours(), list(classes) if classes else None, Normalisation(), True, 32, 3, "torchvision", "here"
+    )  # type: ignore[arg-type]
+
+
+def test_a_folder_is_counted_by_the_names_of_its_classes(folder):
+    seen = []
+    result = evaluate([colours()], str(folder), Views(32), batch_size=3, listener=lambda r: seen.append(r.images))
+    assert (result.images, result.correct) == (12, {1: 11})
+    assert result.accuracy(1) == 11 / 12
+    assert result.error(1) == pytest.approx(1 / 12)
+    assert [re.sub(r"^.*?/data/(\S+) .*", r"\1", text) for text in result.unreadable] == [
+        "blue/cut.png",
+        "red/broken.jpg",
+    ]
+    assert "cannot be read as an image (" in result.unreadable[0]
+    assert seen == sorted(seen)
+    assert seen[-1] == 12
+    data = result.to_dict()
+    assert data["top1_accuracy"] == 11 / 12
+    assert len(data["unreadable"]) == 2
+    assert json.dumps(data)
+
+
+def test_names_unknown_or_others(folder):
+    by_order = evaluate([Colours(("blue", "green", "red"))], str(folder), Views(32))  # the folders' order
+    assert by_order.correct == {1: 11}
+    others = evaluate([colours(("n1", "n2", "n3"))], str(folder), Views(32))
+    assert others.correct == {1: 3}  # only green keeps its place
+    assert "other names than the model's" in others.notes[0]
+    with pytest.raises(RecipeError, match=r"has 3 classes \(blue, green, red, …\), the model 7"):
+        evaluate([narrow_vgg()], str(folder), Views(32))
+
+
+def test_top_k_counts_the_k_likeliest_and_the_first_of_equals():
+    class Fixed(nn.Module):
+        def __init__(self, scores):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.scores = torch.tensor(scores)
+
+        def forward(self, x):
+            return self.scores.expand(len(x), -1)
+
+    image = torch.rand(3, 32, 32)
+    data = Labelled("made up", list("abcdefg"), [Sample(f"{label}", label, lambda: image) for label in range(7)])
+    scores = [0.0, 3.0, 1.0, 2.0, 6.0, 5.0, 4.0]  # 4, 5, 6, 1, 3, 2, 0
+    result = evaluate([Fixed(scores)], data, Views(32), top=(1, 2, 3, 7))
+    assert result.correct == {1: 1, 2: 2, 3: 3, 7: 7}
+    assert evaluate([Fixed(scores)], data, Views(32)).correct == {1: 1, 5: 5}
+    assert evaluate([Fixed([1.0] * 7)], data, Views(32)).correct == {1: 1, 5: 5}
+    with pytest.raises(RecipeError, match="top: expected numbers from 1 to 7, as many as there are classes, got 8"):
+        evaluate([Fixed(scores)], data, Views(32), top=(8,))
+
+
+def test_which_images_of_a_folder(folder, tmp_path):
+    assert len(find(str(folder)).samples) == 14
+    assert len(find(str(folder), limit=5).samples) == 5
+    held_out = find(str(folder), held_out=True)
+    assert len({Path(sample.name).parent for sample in held_out.samples}) == 3
+    assert len(held_out.samples) == 3
+    (tmp_path / "root" / "train").mkdir(parents=True)
+    folder.rename(tmp_path / "root" / "val")
+    assert find(str(tmp_path / "root")).name == str(tmp_path / "root" / "val")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match="expected one folder of images"):
+        find(str(tmp_path / "empty"))
+    with pytest.raises(RecipeError, match="no data folder"):
+        find(str(tmp_path / "nowhere"))
+
+
+def test_held_out_images_are_those_of_the_training(folder):
+    pytest.importorskip("torchvision")
+    from vggfast.recipes import data as datasets
+
+    for name in ("red/broken.jpg", "blue/cut.png"):
+        (folder / name).unlink()
+    ours = find(str(folder), held_out=True)
+    theirs = datasets.load(str(folder), size=32, batch_size=4, seed=0)
+    labels = torch.cat([labels for _, labels in theirs.test_batches()])
+    assert sorted(labels.tolist()) == [sample.label for sample in ours.samples]
+    assert theirs.classes == ours.classes
+
+
+def test_nothing_readable(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(b"")
+    with pytest.raises(RecipeError, match=r"no image could be read; the first: .*x\.png cannot be read as an image"):
+        evaluate([narrow_vgg(num_classes=1)], str(tmp_path), Views(32))
+
+
+# ---- the commands --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "model.safetensors"
+    model = narrow_vgg(num_classes=3)
+    vggfast.save_weights(model, path, classes=["red", "green", "blue"], normalisation=Normalisation(), size=64)
+    return path
+
+
+def test_evaluate_prints_json_and_a_table(folder, checkpoint, tmp_path):
+    other = tmp_path / "other.safetensors"
+    vggfast.save_weights(narrow_vgg(num_classes=3, seed=5), other, classes=["red", "green", "blue"], size=64)
+    options = (
+        "--data",
+        folder,
+        "--weights",
+        checkpoint,
+        "--weights",
+        other,
+        "--scales",
+        "64,96",
+        "--dense",
+        "--crops",
+        "grid",
+    )
+    done = run("evaluate", *options, "--flip", "--json", "--threads", 1, "--top", "1,2")
+    assert done.exit_code == 0, done.output
+    got = json.loads(done.stdout)
+    views = Views(64, (64, 96), dense=True, crops="grid", flip=True)
+    expected = evaluate([vggfast.load_model(path) for path in (checkpoint, other)], str(folder), views, top=(1, 2))
+    assert got["images"] == 12
+    assert [got[f"top{k}_accuracy"] for k in (1, 2)] == [expected.accuracy(k) for k in (1, 2)]
+    assert got["views_of_an_image"] == 104
+    assert "broken.jpg cannot be read" in done.stderr
+    assert f"{other} does not say how its images were normalised" in done.stderr
+    assert str(checkpoint) not in done.stderr
+    table = run("evaluate", "--data", folder, "--weights", checkpoint).stdout
+    assert "central crop of 64, shorter edge 73: 1 an image" in table
+    assert re.search(r"top-1 .*\d\.\d\d%", table)
+    assert "12 images, 2 unreadable, " in table
+
+
+def test_evaluate_on_digits_is_the_accuracy_of_the_training(tmp_path):
+    from vggfast.recipes import data as datasets
+
+    model = narrow_vgg(num_classes=10, in_channels=1)
+    vggfast.save_weights(model, tmp_path / "model.safetensors", size=32)
+    got = json.loads(run("evaluate", "--data", "digits", "--weights", tmp_path, "--json").stdout)
+    data = datasets.load("digits", size=32, batch_size=400, seed=0)
+    [(images, labels)] = data.test_batches()
+    with torch.no_grad():
+        right = (model(images).argmax(1) == labels).sum().item()
+    assert got["images"] == data.test_size
+    assert got["top1_accuracy"] == right / data.test_size
+    assert got["top5_accuracy"] > got["top1_accuracy"]
+
+
+def test_the_commands_say_no_in_one_message(folder, checkpoint, tmp_path):
+    data = ("evaluate", "--data", folder)
+    assert_one_message(run(*data, "--weights", tmp_path / "no.pth"), "--weights", "no.pth does not exist")
+    assert_one_message(run(*data, "--weights", "vgg12"), "VGG16_Weights.IMAGENET1K_V1", "got 'vgg12'")
+    assert_one_message(run(*data, "--weights", checkpoint, "--scales", "a"), "--scales: expected whole numbers", "'a'")
+    assert_one_message(run(*data, "--weights", checkpoint, "--scales", 50), "expected none below 64 pixels")
+    assert_one_message(run(*data, "--weights", checkpoint, "--top", 9), "expected numbers from 1 to 3")
+    assert_one_message(run("evaluate", "--data", "nowhere", "--weights", checkpoint), "no data folder nowhere")
+    assert_one_message(run(*data, "--weights", checkpoint, "--device", "tpu"), "expected auto, cpu")
+
+
+def test_predict_names_the_likeliest(folder, checkpoint, tmp_path):
+    image = folder / "red" / "0.png"
+    done = run("predict", image, "--weights", checkpoint, "--top", 2)
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0] == str(image)
+    assert len(lines) == 3
+    x = Normalisation()(torch.tensor(COLOURS["red"]).view(3, 1, 1).expand(3, 64, 64) / 255)[None]
+    with torch.no_grad():
+        values, indices = narrow_vgg(num_classes=3)(x).softmax(1)[0].sort(descending=True)
+    for line, value, index in zip(lines[1:], values.tolist(), indices.tolist(), strict=False):
+        shown = re.fullmatch(r" +(\d+\.\d\d)%  (\w+)", line)
+        assert float(shown[1]) == pytest.approx(100 * value, abs=0.02)
+        assert shown[2] == ["red", "green", "blue"][index]
+    got = json.loads(run("predict", image, "--weights", checkpoint, "--json", "--flip", "--dense").stdout)
+    assert [a["name"] for a in got[0]["top"]] == [["red", "green", "blue"][i] for i in indices.tolist()]
+    assert sum(a["probability"] for a in got[0]["top"]) == pytest.approx(1)
+
+
+def test_predict_goes_on_after_an_unreadable_image(folder, checkpoint):
+    images = [folder / "red" / "broken.jpg", folder / "none.png", folder, folder / "red" / "1.png"]
+    done = run("predict", *images, "--weights", checkpoint)
+    assert done.exit_code == 1
+    assert str(images[3]) in done.stdout
+    assert "broken.jpg cannot be read as an image (cannot identify image file" in done.stderr
+    assert "none.png does not exist" in done.stderr
+    assert f"error: {folder} is a folder; expected an image file" in done.stderr
+    shown = json.loads(run("predict", *images, "--weights", checkpoint, "--json").stdout)
+    assert ["error" in each for each in shown] == [True, True, True, False]
+
+
+def test_predict_in_python(tmp_path):
+    grey = Image.new("L", (60, 60), 90)
+    answers = predict([grey, torch.rand(1, 50, 50)], [narrow_vgg(in_channels=1)], Views(32), top=3)
+    assert [len(each.answers) for each in answers] == [3, 3]
+    assert re.fullmatch(r"class \d", answers[0].answers[0].name)
+    sideways = Image.new("RGB", (60, 40))
+    sideways.paste((255, 0, 0), (0, 0, 30, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    sideways.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    sideways.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.jpg", quality=95)
+    turned, upright = predict([tmp_path / "turned.jpg", tmp_path / "upright.jpg"], [narrow_vgg()], Views(32))
+    for a, b in zip(turned.answers, upright.answers, strict=True):
+        assert a.name == b.name
+        assert a.probability == pytest.approx(b.probability, abs=0.01)
+
+
+def test_imagenets_names_where_there_are_1000_classes(folder, tmp_path):
+    pytest.importorskip("torchvision")
+    vggfast.save_weights(narrow_vgg(num_classes=1000), tmp_path / "a.safetensors", size=32)
+    names = [
+        answer.name
+        for answer in predict([folder / "red" / "0.png"], [open_model(tmp_path / "a.safetensors")])[0].answers
+    ]
+    assert set(names) <= set(vggfast.VGG16_Weights.DEFAULT.meta["categories"])

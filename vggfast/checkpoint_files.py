@@ -1,0 +1,130 @@
+"""Checkpoint files: downloaded, read without running code, written; and what is said of those that cannot be read."""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vggfast import keras_weights
+
+SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt", ".bin", *keras_weights.SUFFIXES)
+_WRAPPERS = ("state_dict", "model", "model_state_dict")  # training checkpoints keep the state_dict under one of these
+_PREFIXES = ("module.", "_orig_mod.")  # left in the keys by DistributedDataParallel and by torch.compile
+
+
+def fetch(url: str, progress: bool, check_hash: bool) -> Path:
+    """Where `url` lies in torch.hub's cache; downloads it there unless a file of that name is there already."""
+    name = os.path.basename(urlparse(url).path)
+    if not name:
+        raise ValueError(f"weights: expected a URL that ends in a file name, got {url!r}")
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if cached.exists():
+        return cached
+    sha256_prefix = cached.stem.rpartition("-")[2] if check_hash else None
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(cached), sha256_prefix, progress)
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the hash differs
+        raise OSError(
+            f"cannot download {url}: {error}\nWithout a network, download it elsewhere and put it at\n  {cached}\n"
+            "where it is then found, or pass the path of a local copy as `weights`."
+        ) from error
+    return cached
+
+
+def _read_file(path: Path) -> Any:
+    """What a .safetensors file or a torch.save file holds; RuntimeError that says why it cannot be read."""
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"weights: expected a checkpoint file ({', '.join(SUFFIXES)}), {path} {what}")
+    with path.open("rb") as file:
+        head = file.read(64)
+    again = "If it was downloaded, delete it and download it again."
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise RuntimeError(
+            f"{path}: expected a checkpoint, got a web page (a log-in or error page of the server?). {again}"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix in keras_weights.SUFFIXES:
+            return keras_weights.read(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:  # h5py's, which says what to install
+        raise
+    except Exception as error:  # zip, pickle and safetensors readers raise a dozen types on damaged files
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise RuntimeError(
+                f"{path}: expected a state_dict (names and tensors), got pickled Python objects, which can run any code "
+                "when loaded. If you trust the file, torch.load(path, weights_only=False) it yourself and save its "
+                "state_dict() anew."
+            ) from error
+        reason = (str(error).splitlines() or [""])[0]
+        raise RuntimeError(
+            f"{path}: expected a checkpoint saved by torch.save, safetensors or Keras, got {path.stat().st_size} bytes that "
+            f"cannot be read, damaged or cut short ({type(error).__name__}: {reason}). {again}"
+        ) from error
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The names and tensors in a file, on the CPU, out of their wrappers and with no prefixes.
+
+    Raises FileNotFoundError, or RuntimeError that says why it cannot be read or is no state_dict.
+    """
+    state = _read_file(path)
+    if isinstance(state, Mapping):
+        state = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), state)
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        keys = f" with keys {', '.join(map(repr, list(state)[:8]))}" if isinstance(state, Mapping) else ""
+        raise RuntimeError(
+            f"{path}: expected a state_dict (names and tensors), alone or under one of {', '.join(_WRAPPERS)}; "
+            f"got {type(state).__name__}{keys}"
+        )
+    state = dict(state)
+    for prefix in _PREFIXES:
+        nn.modules.utils.consume_prefix_in_state_dict_if_present(state, prefix)
+    return state
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its model, parsed where it is JSON; nothing for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return {name: _parsed(text) for name, text in (file.metadata() or {}).items()}
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def write_safetensors(state: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -> None:
+    """Write `state`, with `about` as JSON in its metadata; `path` is either what it was or the whole new file.
+
+    Raises OSError where the disk refuses.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file(tensors, temporary, {name: json.dumps(value) for name, value in about.items()})
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(f"cannot write {path}: {error}") from error
+        temporary.chmod(mode)  # safetensors writes files that only their owner can read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
