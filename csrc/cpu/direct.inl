@@ -119,6 +119,53 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
   if (out.stream) fence_streams();
 }
 
+// ---- few output channels (the gradient of an image): a block of the micro-kernel is all nine taps of them side by side ----
+
+static inline int64_t few_columns(int64_t out) {
+  return round_up(9 * out, kBlock);
+}
+
+// [block][in][kBlock]: column (3 * r + s) * out + k is tap (r, s) of output channel k; zero past the last.
+template <class T>
+static void few_filters(const Filters& w, float* packed) {
+  memset(packed, 0, few_columns(w.out) * w.in * sizeof(float));
+  for (int64_t k = 0; k < w.out; ++k)
+    for (int64_t c = 0; c < w.in; ++c)
+      for (int tap = 0; tap < 9; ++tap) {
+        const int64_t column = tap * w.out + k;
+        packed[(column / kBlock * w.in + c) * kBlock + column % kBlock] =
+            to_float(((const T*)w.data)[k * w.stride_out + c * w.stride_in + tap / 3 * w.stride_r + tap % 3 * w.stride_s]);
+      }
+}
+
+// Output rows [h_begin, h_end) of image n, not pooled. scratch: an input row, then the products of three.
+template <class T>
+static void few_rows(const Image& x, const float* packed, const Output& out, int64_t n, int64_t h_begin, int64_t h_end,
+                     float* scratch) {
+  const int64_t pixels = x.w + 2, columns = few_columns(out.c), row_size = pixels * columns;
+  float *row = scratch, *products = scratch + round_up(pixels * x.c, 16);
+  for (int64_t h = h_begin - 1; h <= h_end; ++h) {
+    load_row<T>(x, n, h, row);
+    float* of_row = products + (h + 3) % 3 * row_size;
+    for (int64_t k = 0; k < columns; k += kBlock) {
+      const Product product{row, x.c, 1, 0, packed + k * x.c, kBlock, 0, x.c, 1, 14 * x.c, 16, (const char*)row, 0};
+      for_each_row_block(pixels, product, StartAtZero(), [&](int64_t w, const Vec(&acc)[kVecs]) {
+        for (int v = 0; v < kVecs; ++v) acc[v].store(of_row + w * columns + k + v * Vec::width);
+      });
+    }
+    if (h <= h_begin) continue; // output row h - 1 needs the rows around it
+    T* line = (T*)out.data + (n * out.h + h - 1) * out.w * out.c;
+    for (int64_t w = 0; w < out.w; ++w)
+      for (int64_t k = 0; k < out.c; ++k) {
+        float sum = 0;
+        for (int r = 0; r < 3; ++r)
+          for (int s = 0; s < 3; ++s) sum += products[(h - 2 + r + 3) % 3 * row_size + (w + s) * columns + (3 * r + s) * out.c + k];
+        sum += out.bias ? out.bias[k] : 0.f;
+        from_float(out.relu && sum < 0.f ? 0.f : sum, line + w * out.c + k);
+      }
+  }
+}
+
 // One gradient row, [W][padded] with zeros past the last channel; its sum over W is added to bias. scratch: (W + 2) * C floats.
 template <class T>
 static void load_gradient_row(const Image& dz, int64_t n, int64_t h, int64_t padded, float* row, double* bias, float* scratch) {

@@ -76,6 +76,8 @@ struct Kernels {
 
   void (*direct_filters)(const Filters&, int64_t block, float* packed);
   void (*direct_rows)(const Image&, const float* packed, const Output&, int64_t n, int64_t h_begin, int64_t h_end, float* scratch);
+  void (*few_filters)(const Filters&, float* packed);
+  void (*few_rows)(const Image&, const float* packed, const Output&, int64_t n, int64_t h_begin, int64_t h_end, float* scratch);
   void (*direct_grad_rows)(const Image&, const Image& dz, int64_t begin, int64_t end, float* sum, double* bias, float* scratch);
 
   void (*linear)(const Linear&, const float* x, int64_t begin, int64_t end, float* y);

@@ -34,6 +34,10 @@ static constexpr Kernels table = {
     [](const Image& x, const float* packed, const Output& out, int64_t n, int64_t begin, int64_t end, float* scratch) {
       VGGFAST_TYPED(x.dtype, direct_rows<T>(x, packed, out, n, begin, end, scratch));
     },
+    [](const Filters& w, float* packed) { VGGFAST_TYPED(w.dtype, few_filters<T>(w, packed)); },
+    [](const Image& x, const float* packed, const Output& out, int64_t n, int64_t begin, int64_t end, float* scratch) {
+      VGGFAST_TYPED(x.dtype, few_rows<T>(x, packed, out, n, begin, end, scratch));
+    },
     [](const Image& x, const Image& dz, int64_t begin, int64_t end, float* sum, double* bias, float* scratch) {
       VGGFAST_TYPED(x.dtype, direct_grad_rows<T>(x, dz, begin, end, sum, bias, scratch));
     },
