@@ -34,6 +34,7 @@ from vggfast.models import (
     vgg19,
     vgg19_bn,
 )
+from vggfast.taps import Features, features
 from vggfast.weights import (
     VGG11_BN_Weights,
     VGG11_Weights,
@@ -57,6 +58,7 @@ __all__ = [
     "VGG16C",
     "VGG19",
     "Explanation",
+    "Features",
     "FusedSequential",
     "LoadedModel",
     "VGG11_BN_Weights",
@@ -70,6 +72,7 @@ __all__ = [
     "convert",
     "explain",
     "load_model",
+    "features",
     "load_weights",
     "make_layers",
     "ops",
