@@ -8,7 +8,7 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 
 import torch as _torch  # noqa: F401  (loads the libraries that _C is linked to)
 
-from vggfast import ops, switches
+from vggfast import losses, ops, switches
 from vggfast._C import build_info as _build_info
 from vggfast.dense import to_dense
 from vggfast.explanation import Explanation, explain
@@ -74,6 +74,7 @@ __all__ = [
     "load_model",
     "features",
     "load_weights",
+    "losses",
     "make_layers",
     "ops",
     "save_weights",

@@ -16,10 +16,10 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.InstanceNorm2d)
 
 
 class Tap(NamedTuple):
-    """A layer's output: of child `index` of `part`, "features" or "classifier"."""
+    """A layer's output: of child number `child` of `part`, "features" or "classifier"."""
 
     part: str
-    index: int
+    child: int
     channels: int
 
 
@@ -47,7 +47,7 @@ class Features(nn.Module):
         self.channels = {name: tap.channels for name, tap in taps.items()}
         self.torch_layout = torch_layout
         self._pieces = {
-            part: _pieces({tap.index: name for name, tap in taps.items() if tap.part == part})
+            part: _pieces({tap.child: name for name, tap in taps.items() if tap.part == part})
             for part in ("features", "classifier")
         }
         body, head = _parts(model)
@@ -58,7 +58,7 @@ class Features(nn.Module):
         self.features = _first(body, self._pieces["features"][-1].end)
         if behind:
             assert head is not None
-            self.avgpool = model.avgpool
+            self.avgpool: Any = model.avgpool
             self.classifier = _first(head, self._pieces["classifier"][-1].end)
         self.training = model.training
 
