@@ -20,6 +20,7 @@ from vggfast.weights import WeightsSpec, read_checkpoint
 __all__ = ["LPIPS", "Encoded", "Perceptual", "gram"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+UNIT = distances.Unit()
 Layers = Mapping[str, float] | Iterable[str]
 
 
@@ -230,7 +231,7 @@ class LPIPS(FeatureLoss):
         total: Any = 0
         with torch.autocast(input.device.type, enabled=False):
             for head, (name, a) in zip(self.heads, ours.maps.items(), strict=True):
-                found = distances.rows(distances.unit, a, theirs.maps[name].expand_as(a), head)
+                found = distances.rows(UNIT, a, theirs.maps[name].expand_as(a), head)
                 if self.spatial:
                     found = nn.functional.interpolate(
                         found[:, None], input.shape[2:], mode="bilinear", align_corners=False
