@@ -14,6 +14,7 @@ from vggfast.dense import to_dense
 from vggfast.explanation import Explanation, explain
 from vggfast.fused import FusedSequential, convert
 from vggfast.loading import LoadedModel, load_model, save_weights
+from vggfast.image_descriptors import descriptors
 from vggfast.models import (
     VGG,
     VGG11,
@@ -70,6 +71,7 @@ __all__ = [
     "VGG19_BN_Weights",
     "VGG19_Weights",
     "convert",
+    "descriptors",
     "explain",
     "load_model",
     "features",

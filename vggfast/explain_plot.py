@@ -18,11 +18,12 @@ from vggfast.fused import Executed, FusedSequential, observer
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WINOGRAD, DIRECT, POOL, FUSED, TORCH = "#1f6feb", "#d9822b", "#2f9e6e", "#7a4fd0", "#b6bec9"
+WINOGRAD, DIRECT, LINEAR, POOL, FUSED, TORCH = "#1f6feb", "#d9822b", "#c2497d", "#2f9e6e", "#7a4fd0", "#b6bec9"
 DARK, LIGHT = "#2b3440", "#6b7480"
 KINDS = {
     WINOGRAD: "fused, Winograd F(4x4, 3x3)",
     DIRECT: "fused, direct",
+    LINEAR: "linear, weights read once",
     POOL: "fused max pool",
     FUSED: "fused, on tensor cores",
     TORCH: "torch's own operators",
@@ -112,9 +113,8 @@ def draw(explanation: Explanation, path: Path, title: str, seconds: dict[str, fl
 def _colour(row: Row) -> str:
     if not row.fused:
         return TORCH
-    if "max_pool" in row.kernel:
-        return POOL
-    return WINOGRAD if "winograd" in row.kernel else DIRECT if "direct" in row.kernel else FUSED
+    found = {"winograd": WINOGRAD, "direct": DIRECT, "linear": LINEAR, "max_pool": POOL}
+    return next((colour for word, colour in found.items() if word in row.kernel), FUSED)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

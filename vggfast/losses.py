@@ -1,6 +1,5 @@
 """Losses that compare images by a VGG's features: `Perceptual` (features and Gram matrices) and `LPIPS`."""
 
-import copy
 import importlib.util
 import os
 import re
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 
 from vggfast import distances, models
 from vggfast.distances import Rule, wide
-from vggfast.recipes.config import MODELS
-from vggfast.taps import Features, features
+from vggfast.taps import features, frozen
 from vggfast.weights import WeightsSpec, read_checkpoint
 
 __all__ = ["LPIPS", "Encoded", "Perceptual", "gram"]
@@ -61,9 +59,8 @@ class FeatureLoss(nn.Module):
             raise ValueError(f"input_range: expected the values of black and of white, as (0, 1), got {input_range}")
         self.reduction = reduction
         self.map_taps, self.gram_taps = tuple(taps), tuple(styled)
-        self.network = _frozen(
-            features(_network(model, weights), dict.fromkeys((*self.map_taps, *self.gram_taps)), torch_layout=False)
-        )
+        wanted = dict.fromkeys((*self.map_taps, *self.gram_taps))
+        self.network = frozen(features(_network(model, weights), wanted, torch_layout=False))
         centre = torch.tensor([low + (high - low) * value for value in mean]).view(1, -1, 1, 1)
         deviation = torch.tensor([(high - low) * value for value in std]).view(1, -1, 1, 1)
         self.centre: Tensor
@@ -258,6 +255,8 @@ def _network(model: nn.Module | str, weights: WeightsSpec | None) -> nn.Module:
                 "weights: expected None beside a model; load them into it, or give the name of a builder as model"
             )
         return model
+    from vggfast.recipes.config import MODELS
+
     if model not in MODELS:
         raise ValueError(f"model: expected a VGG, or one of {', '.join(MODELS)}, got {model!r}")
     if weights is None:
@@ -266,13 +265,6 @@ def _network(model: nn.Module | str, weights: WeightsSpec | None) -> nn.Module:
         )
     built: nn.Module = getattr(models, model)(weights=weights)
     return built
-
-
-def _frozen(network: Features) -> Features:
-    """A copy of the modules, in eval mode, whose parameters are others on the same memory, without gradients."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
-    memo |= {id(buffer): buffer.detach() for buffer in network.buffers()}
-    return copy.deepcopy(network, memo).eval()
 
 
 def _heads(source: str | os.PathLike[str] | Mapping[str, Tensor] | None, channels: list[int]) -> list[Tensor]:

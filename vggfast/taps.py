@@ -1,5 +1,6 @@
 """Activations of a VGG by the names of the paper and of its Caffe models: conv3_3, relu4_2, pool5, fc6."""
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -118,6 +119,13 @@ def features(model: nn.Module, taps: Iterable[str] | str, *, torch_layout: bool 
             f"it has {', '.join(available)}"
         )
     return Features(_unwrapped(model), {name: available[name] for name in wanted}, torch_layout)
+
+
+def frozen(network: Features) -> Features:
+    """A copy of the modules, in eval mode, whose parameters are others on the same memory, without gradients."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
+    memo |= {id(buffer): buffer.detach() for buffer in network.buffers()}
+    return copy.deepcopy(network, memo).eval()
 
 
 def names(model: nn.Module) -> dict[str, Tap]:
