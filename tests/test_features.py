@@ -223,6 +223,17 @@ def test_copies(copied) -> None:
     assert {id(p) for p in again.parameters()}.isdisjoint(map(id, network.parameters()))
 
 
+def test_a_dense_model_gives_maps_of_the_classifiers_layers() -> None:
+    model = vggfast.vgg11(num_classes=5).eval()
+    x = normal(1, 3, 224, 256)
+    maps = vggfast.features(vggfast.to_dense(model), ["fc6", "relu7", "fc8"])(x)
+    assert {name: tuple(value.shape) for name, value in maps.items()} == {
+        "fc6": (1, 64, 1, 2), "relu7": (1, 64, 1, 2), "fc8": (1, 5, 1, 2),
+    }  # fmt: skip
+    assert maps["fc6"].min() < 0 <= maps["relu7"].min()
+    assert torch.equal(maps["fc8"], vggfast.to_dense(model)(x))
+
+
 def test_modes_and_slices_are_the_models() -> None:
     model = vggfast.vgg11_bn(num_classes=5).train()
     tapped = vggfast.features(model, "bn1_1")

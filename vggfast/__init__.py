@@ -13,8 +13,8 @@ from vggfast._C import build_info as _build_info
 from vggfast.dense import to_dense
 from vggfast.explanation import Explanation, explain
 from vggfast.fused import FusedSequential, convert
-from vggfast.loading import LoadedModel, load_model, save_weights
 from vggfast.image_descriptors import descriptors
+from vggfast.loading import LoadedModel, load_model, save_weights
 from vggfast.models import (
     VGG,
     VGG11,
@@ -73,8 +73,8 @@ __all__ = [
     "convert",
     "descriptors",
     "explain",
-    "load_model",
     "features",
+    "load_model",
     "load_weights",
     "losses",
     "make_layers",

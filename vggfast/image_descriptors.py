@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vggfast.taps import Features, features, frozen
+from vggfast.dense import to_dense
+from vggfast.taps import Features, features, frozen, names
 
 __all__ = ["descriptors"]
 
@@ -36,11 +37,13 @@ def descriptors(
 
     Returns [N, 4096], or [N, 4096 * len(scales)] stacked, in the dtype of the model, at least float32.
 
-    Raises ValueError for a layer that is none of the classifier's, or images or scales that fit nothing.
+    Raises ValueError for a layer that is none of the classifier's, or images or scales that fit nothing; TypeError where `model`
+    is none that `to_dense` takes.
     """
-    network = frozen(features(model, layer))
-    if not hasattr(network, "classifier"):
+    dense = to_dense(model)
+    if not (layer in (available := names(dense)) and available[layer].part == "classifier"):
         raise ValueError(f"layer: expected a layer of the classifier, fc6 to fc8, relu6 or relu7, got {layer!r}")
+    network = frozen(features(dense, layer))
     if not all(scale >= 1 for scale in scales):
         raise ValueError(f"scales: expected lengths in pixels, got {list(scales)}")
     batches = [images] if isinstance(images, Tensor) else [image.unsqueeze(0) for image in images]
@@ -68,12 +71,5 @@ def _resize(images: Tensor, shortest: int) -> Tensor:
 
 def _pooled(network: Features, images: Tensor) -> Tensor:
     """The activations averaged over positions: [N, C, H, W] -> [N, D]."""
-    x = network.features(images.to(next(network.parameters()).dtype))
-    output = getattr(network.avgpool, "output_size", (7, 7))
-    rows, columns = output if isinstance(output, tuple) else (output, output)
-    # A feature map smaller than the window is pooled up to it, as the model's avgpool does.
-    x = F.adaptive_avg_pool2d(x, (max(rows, x.shape[2]), max(columns, x.shape[3])))
-    windows = x.unfold(2, rows, 1).unfold(3, columns, 1)  # [N, C, h, w, rows, columns]
-    n, _, h, w = windows.shape[:4]
-    found: Tensor = network.classifier(windows.permute(0, 2, 3, 1, 4, 5).reshape(n * h * w, -1))
-    return found.to(torch.promote_types(found.dtype, torch.float32)).view(n, h * w, -1).mean(1)
+    found: Tensor = network(images.to(next(network.parameters()).dtype))[network.taps[0]]
+    return found.to(torch.promote_types(found.dtype, torch.float32)).mean((2, 3))

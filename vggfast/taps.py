@@ -5,8 +5,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vggfast.dense import DenseVGG
 from vggfast.fused import FusedSequential, State, run_children
 
 __all__ = ["Features", "features"]
@@ -30,6 +32,18 @@ class Piece(NamedTuple):
     start: int
     end: int
     name: str
+
+
+class PoolToGrid(nn.Module):
+    """What a `DenseVGG` does between its features and its classifier."""
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (max(least, size) for least, size in zip(self.grid, x.shape[2:], strict=True))
+        return F.adaptive_avg_pool2d(x, (height, width))
 
 
 class Features(nn.Module):
@@ -59,7 +73,7 @@ class Features(nn.Module):
         self.features = _first(body, self._pieces["features"][-1].end)
         if behind:
             assert head is not None
-            self.avgpool: Any = model.avgpool
+            self.avgpool: Any = PoolToGrid(model.grid) if isinstance(model, DenseVGG) else model.avgpool
             self.classifier = _first(head, self._pieces["classifier"][-1].end)
         self.training = model.training
 
@@ -68,7 +82,8 @@ class Features(nn.Module):
         state = self._run("features", State(x), found)
         if self._pieces["classifier"]:
             x = self.avgpool(state.as_in_torch())
-            self._run("classifier", State(x.flatten(1)), found)
+            x = x if isinstance(self.avgpool, PoolToGrid) else x.flatten(1)
+            self._run("classifier", State(x), found)
         return {name: found[name] for name in self.taps}
 
     def _run(self, part: str, state: State, found: dict[str, Tensor]) -> State:
@@ -97,8 +112,8 @@ def features(model: nn.Module, taps: Iterable[str] | str, *, torch_layout: bool 
     overwritten by a later in-place layer.
 
     Args:
-        model: a VGG of vggfast or torchvision, converted or not; or an `nn.Sequential` such as its `features`, or a
-            slice, whose blocks are counted from its own beginning. It is not changed.
+        model: a VGG of vggfast or torchvision, converted or not, or what `to_dense` makes of it; or an `nn.Sequential` such as
+            its `features`, or a slice, whose blocks are counted from its own beginning. It is not changed.
         taps: one name or several.
         torch_layout: give each tap the strides that torch would. False saves the copy where kernels write channels_last
             (as `ops.conv3x3`).
@@ -133,7 +148,8 @@ def names(model: nn.Module) -> dict[str, Tap]:
     model = _unwrapped(model)
     body, head = _parts(model)
     found = dict(_names_of_features(body))
-    if head is not None and type(getattr(model, "avgpool", None)) in (nn.AdaptiveAvgPool2d, nn.Identity):
+    pooled = isinstance(getattr(model, "avgpool", None), (nn.AdaptiveAvgPool2d, nn.Identity, PoolToGrid))
+    if head is not None and (pooled or isinstance(model, DenseVGG)):
         found |= _names_of_classifier(head)
     if not found:
         raise TypeError(f"model: expected a VGG or its features, got {type(model).__name__} without convolutions")
@@ -198,8 +214,8 @@ def _names_of_classifier(head: nn.Sequential) -> Iterator[tuple[str, Tap]]:
     number, width = 5, 0
     for position, (_, child) in enumerate(_children(head)):
         kind = ""
-        if isinstance(child, nn.Linear):
-            number, width = number + 1, child.out_features
+        if isinstance(child, (nn.Linear, nn.Conv2d)):
+            number, width = number + 1, child.out_features if isinstance(child, nn.Linear) else child.out_channels
             kind = "fc"
         elif isinstance(child, _ACTIVATIONS):
             kind = "relu"
