@@ -8,11 +8,12 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 
 import torch as _torch  # noqa: F401  (loads the libraries that _C is linked to)
 
-from vggfast import ops, switches
+from vggfast import losses, ops, switches
 from vggfast._C import build_info as _build_info
 from vggfast.dense import to_dense
 from vggfast.explanation import Explanation, explain
 from vggfast.fused import FusedSequential, convert
+from vggfast.image_descriptors import descriptors
 from vggfast.loading import LoadedModel, load_model, save_weights
 from vggfast.models import (
     VGG,
@@ -34,6 +35,7 @@ from vggfast.models import (
     vgg19,
     vgg19_bn,
 )
+from vggfast.taps import Features, features
 from vggfast.weights import (
     VGG11_BN_Weights,
     VGG11_Weights,
@@ -57,6 +59,7 @@ __all__ = [
     "VGG16C",
     "VGG19",
     "Explanation",
+    "Features",
     "FusedSequential",
     "LoadedModel",
     "VGG11_BN_Weights",
@@ -68,9 +71,12 @@ __all__ = [
     "VGG19_BN_Weights",
     "VGG19_Weights",
     "convert",
+    "descriptors",
     "explain",
+    "features",
     "load_model",
     "load_weights",
+    "losses",
     "make_layers",
     "ops",
     "save_weights",

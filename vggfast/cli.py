@@ -121,6 +121,8 @@ def explain(
     roofline: Annotated[
         bool, typer.Option("--roofline", help="Predict each layer's time on a Hopper GPU from bytes and operations.")
     ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the network into this file: PNG, PDF or SVG.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="With --plot: measure each layer's time here.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show which kernel each layer of MODEL takes, and why not a faster one."""
@@ -144,10 +146,28 @@ def explain(
     except ValueError as error:  # gpu is not of its form
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+    with errors_for_users():
+        if measure and plot is None:
+            raise RecipeError("--measure: expected --plot FILE beside it; the times are drawn")
+        if plot is not None:
+            title = f"{name}, {batch} × {in_channels} × {size} × {size}, {dtype}"
+            _draw(explanation, plot, title, (network, x) if measure else None)
     if roofline:
         _print_roofline(explanation, as_json)
         return
     typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
+
+
+def _draw(explanation: vggfast.Explanation, path: Path, title: str, measured: tuple[Any, torch.Tensor] | None) -> None:
+    from vggfast import explain_plot
+
+    if measured and explanation.gpu is not None:
+        raise RecipeError("--measure: expected the device of the model, got --gpu; leave one of them out")
+    seconds = explain_plot.measure(*measured) if measured else None
+    try:
+        explain_plot.draw(explanation, path, title, seconds)
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"--plot: {error}") from error
 
 
 def _print_roofline(explanation: vggfast.Explanation, as_json: bool) -> None:

@@ -121,13 +121,28 @@ class Executed(NamedTuple):
 observer: ContextVar[Callable[[Executed], None] | None] = ContextVar("observer", default=None)
 
 
-def _forward(self: FusedSequential, x: Any) -> Any:
-    names, children = tuple(self._modules), tuple(self._modules.values())
-    observe = None if torch.compiler.is_compiling() else observer.get()
-    everywhere = _context_obstacle()
+class State(NamedTuple):
+    """Between two children: their input, and what the next of them must know about it."""
+
+    x: Any
     # None: x has the strides plain torch would give it. Else x is channels_last, and `layout` says if torch's would be.
     layout: bool | None = None
-    keep = False  # whether a hook or autograd holds on to x, so that no in-place module may overwrite it
+    keep: bool = False  # whether somebody holds on to x (a hook, autograd), so that no in-place module may overwrite it
+
+    def as_in_torch(self) -> Any:
+        """x with the strides that plain torch would have given it."""
+        return _restore(self.x, self.layout)
+
+
+def _forward(self: FusedSequential, x: Any) -> Any:
+    return run_children(tuple(self._modules), tuple(self._modules.values()), State(x)).as_in_torch()
+
+
+def run_children(names: tuple[str, ...], children: tuple[nn.Module, ...], state: State) -> State:
+    """Run `children` of a `FusedSequential`, called `names` there, one after the other, fused where they can be."""
+    observe = None if torch.compiler.is_compiling() else observer.get()
+    everywhere = _context_obstacle()
+    x, layout, keep = state
     start = 0
     while start < len(children):
         run, reason = (None, everywhere) if everywhere else _find_run(children, start, x)
@@ -142,11 +157,11 @@ def _forward(self: FusedSequential, x: Any) -> Any:
         if observe is not None:
             observe(Executed(names[start:end], children[start:end], run, before, x, reason))
         start = end
-    return _restore(x, layout)
+    return State(x, layout, keep)
 
 
 def _run_module(module: nn.Module, x: Any, layout: bool | None, keep: bool) -> tuple[Any, bool | None, bool]:
-    """Call one child; takes and returns x, `layout` and `keep` as `_forward` has them."""
+    """Call one child; takes and returns x, `layout` and `keep` as a `State` has them."""
     hooked = _hooked_globally() or any(child_obstacle(m) for m in module.modules())
     in_place = type(module) is nn.ReLU and module.inplace and isinstance(x, Tensor)
     keeps_layout = type(module) in (nn.ReLU, nn.BatchNorm2d) and not hooked

@@ -15,7 +15,10 @@ import vggfast.models
 from vggfast.bench import BenchError
 from vggfast.bench.layers import CONFIGS, FULLY_CONNECTED, VGG16_LAYERS, Layer, conv_layers
 
-Task = Literal["inference", "training", "forward", "grad_input", "grad_weight", "forward+backward"]
+Task = Literal[
+    "inference", "training", "lpips", "perceptual", "forward", "grad_input", "grad_weight", "forward+backward"
+]
+LOSSES: tuple[Task, ...] = ("lpips", "perceptual")  # on features; see bench.perceptual
 LAYER_TASKS: tuple[Task, ...] = ("forward", "grad_input", "grad_weight", "forward+backward")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GIVEN = "given grad of y"  # in a layer's reference: the gradient that buffer 0 gets
@@ -29,7 +32,8 @@ class Case:
     """``subject`` is vgg11 … vgg19, a layer of VGG16 (conv3_2), or "module:function" that builds a network for [N, 3, size, size].
 
     dtype "bf16" is bfloat16 weights and activations for inference and layers, autocast for training. Training is forward,
-    cross-entropy and backward, without the optimizer's step.
+    cross-entropy and backward, without the optimizer's step. "lpips" and "perceptual" are losses on features, of images beside
+    targets, with the gradient of the images; dtypes as for training.
     """
 
     subject: str
@@ -65,12 +69,13 @@ class Case:
     def _passes(self, layer: Layer) -> int:
         """How often the task runs through a layer: forward, gradient of the input, of the filters. Images need no gradient."""
         passes = {"inference": 1, "forward": 1, "grad_input": 1, "grad_weight": 1}
+        passes |= dict.fromkeys(LOSSES, 3)  # forward of images and of targets, and the images' gradient
         return passes.get(self.task, 2 if layer.c_in == 3 else 3)
 
     def gflop(self) -> float:
         """Operations in 1e9, convolutions counted as direct ones; 0 for a network that is not in the table."""
         convolutions = sum(self._passes(layer) * layer.gflop(self.batch) for layer in self.convolutions())
-        if self.subject not in CONFIGS:
+        if self.subject not in CONFIGS or self.task in LOSSES:
             return convolutions
         passes = 3 if self.task == "training" else 1
         return convolutions + passes * 2e-9 * self.batch * sum(i * o for i, o in FULLY_CONNECTED)
@@ -79,7 +84,7 @@ class Case:
         """Bytes in 1e9 that must be moved at least if every layer reads its input and filters once and writes its output once."""
         itemsize = DTYPES[self.dtype].itemsize
         convolutions = sum(self._passes(layer) * layer.gigabytes(self.batch, itemsize) for layer in self.convolutions())
-        if self.subject not in CONFIGS:
+        if self.subject not in CONFIGS or self.task in LOSSES:
             return convolutions
         passes = 3 if self.task == "training" else 1
         return convolutions + passes * 1e-9 * itemsize * sum(i * o for i, o in FULLY_CONNECTED)
@@ -170,6 +175,10 @@ def reference(case: Case, weights: Path | None = None) -> Outputs:
     """The answer for buffer 0, computed by torch's own operators in float64 (on the CPU)."""
     if case.layer:
         return _reference_layer(case, case.layer)
+    if case.task in LOSSES:
+        from vggfast.bench import perceptual
+
+        return perceptual.reference(case, weights)
     net = network(case, weights).double()
     plain = plain_network(net)
     x = images(case, 0).double()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vggfast.bench import BenchError
-from vggfast.bench.cases import Case
+from vggfast.bench.cases import LOSSES, Case
 
 # glibc returns large blocks to the system and page-faults them in again at every use; without these settings torch at batch 8
 # loses up to half its speed. They go to every contender.
@@ -40,7 +40,7 @@ class Contender:
     builder: str
     options: dict[str, Any] = field(default_factory=dict)
     packages: tuple[str, ...] = ()  # to be importable
-    tasks: tuple[str, ...] = ("inference", "training", "layer")
+    tasks: tuple[str, ...] = ("inference", "training", "layer", *LOSSES)
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     devices: tuple[str, ...] = ("cpu", "cuda")
     batches: tuple[int, ...] = ()  # empty: any
@@ -68,7 +68,9 @@ CONTENDERS = [
     VGGFAST,
     Contender("torch channels_last", "torch", f"{_TORCH}:build", {"layout": "channels_last"}),
     Contender("torch NCHW", "torch", f"{_TORCH}:build", {"layout": "contiguous_format"}, dtypes=("fp32",)),
-    Contender("torch.compile", "compile", f"{_TORCH}:build", {"engine": "compile"}, tasks=("inference", "training")),
+    Contender(
+        "torch.compile", "compile", f"{_TORCH}:build", {"engine": "compile"}, tasks=("inference", "training", *LOSSES)
+    ),
     Contender(
         "torch.compile max-autotune",
         "compile",
@@ -96,6 +98,9 @@ CONTENDERS = [
     ),
     Contender(
         "cudnn_convolution_relu", "cudnn", f"{_TORCH}:build", {"engine": "cudnn"}, tasks=("forward",), devices=("cuda",)
+    ),
+    Contender(
+        "lpips package", "lpips", "vggfast.bench.perceptual:build_package", packages=("lpips",), tasks=("lpips",)
     ),
     Contender("jax", "jax", f"{_JAX}:build", packages=("jax",), tasks=("inference", "training"), devices=("cuda",)),
     Contender(

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from vggfast.bench import BenchError, memory, runtimes
-from vggfast.bench.cases import Case
+from vggfast.bench.cases import LOSSES, Case
 from vggfast.bench.client import Worker, available_bytes
 from vggfast.bench.contenders import ALLOCATOR, VGGFAST, Contender, rivals
 from vggfast.bench.machine import Activity
@@ -296,7 +296,7 @@ class Lab:
 def judge(entry: Entry, errors: dict[str, float], own_errors: dict[str, float], follows_input: bool) -> Record:
     """The record of a check: the error nearest its limit, and ``refused`` with the reason if the contender must not be timed."""
     case = entry.case
-    kind = "layer" if case.layer else "gradients" if case.task == "training" else "network"
+    kind = "layer" if case.layer else "gradients" if case.task in ("training", *LOSSES) else "network"
     limits = {name: 2 * own_errors[name] if name in own_errors else TOLERANCES[kind, case.dtype] for name in errors}
     worst = max(errors, key=lambda name: errors[name] / limits[name])
     error, limit = errors[worst], limits[worst]

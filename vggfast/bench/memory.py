@@ -47,10 +47,10 @@ class Saved:
 
 
 def measure(runner: Runner, case: Case) -> dict[str, Any]:
-    """``saved_bytes`` of one training step (null for inference), ``peak_bytes`` above what was there before the run."""
+    """``saved_bytes`` of one run with gradients (null for inference), ``peak_bytes`` above what was there before the run."""
     runner.run(0)  # sets up what stays: workspaces, code
     saved = None
-    if case.task == "training":
+    if case.task != "inference":
         with Saved(runner.parameters) as counted:
             runner.run(0)
         saved = counted.bytes

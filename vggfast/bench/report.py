@@ -62,12 +62,30 @@ CPU_ROWS = [
     Row("training step, float32, batch 8", ("vgg16 training fp32 batch 8",), (*COMPILED, "torch NCHW")),
     Row("training step, bfloat16 autocast, batch 8", ("vgg16 training bf16 batch 8",), COMPILED),
     Row(
+        "LPIPS with its gradient, float32, batch 8",
+        ("vgg16 lpips fp32 batch 8",),
+        (*COMPILED, "torch NCHW", "lpips package"),
+    ),
+    Row("features and Gram matrices, float32, batch 8", ("vgg16 perceptual fp32 batch 8",), (*COMPILED, "torch NCHW")),
+    Row(
         "saved activations, float32 training, batch 8",
         ("memory: vgg16 training fp32 batch 8",),
         (TORCH,),
         "saved_bytes",
     ),
     Row("peak memory, float32 training, batch 8", ("memory: vgg16 training fp32 batch 8",), (TORCH,), "peak_bytes"),
+    Row(
+        "saved for LPIPS's gradient, float32, batch 8",
+        ("memory: vgg16 lpips fp32 batch 8",),
+        (*COMPILED, "lpips package"),
+        "saved_bytes",
+    ),
+    Row(
+        "peak memory of LPIPS, float32, batch 8",
+        ("memory: vgg16 lpips fp32 batch 8",),
+        (*COMPILED, "lpips package"),
+        "peak_bytes",
+    ),
 ]
 _GPU_RIVALS = (*COMPILED, "torch.compile max-autotune", "torch CUDA graph", "jax")
 GPU_ROWS = [

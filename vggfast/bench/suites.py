@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from vggfast.bench.cases import LAYER_TASKS, Case
+from vggfast.bench.cases import LAYER_TASKS, LOSSES, Case
 from vggfast.bench.contenders import VGGFAST
 from vggfast.bench.layers import CONFIGS, VGG16_LAYERS
 from vggfast.bench.measure import Effort, Entry, Group, compare
 
-PARTS = ("inference", "training", "layers", "memory")
+PARTS = ("inference", "training", "perceptual", "layers", "memory")
 
 # At most seven rounds of a few runs: CI has three minutes for everything.
 QUICK = {
     "inference": Effort(min_rounds=3, max_rounds=7, seconds=4, turn_s=0.02),
     "training": Effort(min_rounds=3, max_rounds=5, seconds=6, turn_s=0.02),
+    "perceptual": Effort(min_rounds=3, max_rounds=5, seconds=4, turn_s=0.02),
     "layers": Effort(min_rounds=3, max_rounds=7, seconds=0.4, turn_s=0.005),
     "memory": Effort(1, 1, 1, 0.02),
 }
 FULL = {
     "inference": Effort(min_rounds=9, max_rounds=25, seconds=50, turn_s=0.3),
     "training": Effort(min_rounds=7, max_rounds=15, seconds=60, turn_s=0.3),
+    "perceptual": Effort(min_rounds=7, max_rounds=15, seconds=60, turn_s=0.3),
     "layers": Effort(min_rounds=7, max_rounds=15, seconds=3, turn_s=0.05),
     "memory": Effort(1, 1, 1, 0.02),
 }
@@ -29,7 +31,14 @@ FULL = {
 
 def groups(part: str, device: str, threads: int, full: bool) -> list[Group]:
     """The comparisons of a part on a device, "cpu" or "cuda"."""
-    made = {"inference": _inference, "training": _training, "layers": _layers, "memory": _memory}[part](device, full)
+    parts = {
+        "inference": _inference,
+        "training": _training,
+        "perceptual": _perceptual,
+        "layers": _layers,
+        "memory": _memory,
+    }
+    made = parts[part](device, full)
     return [compare(part, _with(case, device, threads), _against(case, full), full) for case in made]
 
 
@@ -42,6 +51,8 @@ def _against(case: Case, full: bool) -> list[str] | None:
     """Networks other than VGG16 meet torch only: what VGG16 shows of the others holds for them. In the quick form inference alone
     meets everybody, since the others take long to set up."""
     others = case.subject in CONFIGS and case.subject != "vgg16"
+    if not full and case.task in LOSSES:
+        return ["torch", "lpips"]
     return ["torch"] if others or (not full and case.task == "training" and case.device == "cpu") else None
 
 
@@ -77,6 +88,16 @@ def _training(device: str, full: bool) -> Iterator[Case]:
             yield Case(model, "training", 32 if device == "cuda" else 8, "bf16" if device == "cuda" else "fp32")
 
 
+def _perceptual(device: str, full: bool) -> Iterator[Case]:
+    dtype: Literal["fp32", "bf16"] = "bf16" if device == "cuda" else "fp32"
+    yield Case("vgg16", "lpips", 1, dtype)
+    if full:
+        yield Case("vgg16", "lpips", 8, dtype)
+        yield Case("vgg16", "perceptual", 8, dtype)
+        if device == "cpu":
+            yield Case("vgg16", "lpips", 8, "bf16")
+
+
 def _layers(device: str, full: bool) -> Iterator[Case]:
     dtype: Literal["fp32", "bf16"] = "bf16" if device == "cuda" else "fp32"
     tasks = LAYER_TASKS if full else LAYER_TASKS[:3]  # the sum of the three in one is for the full form
@@ -96,6 +117,8 @@ def _memory(device: str, full: bool) -> Iterator[Case]:
         if full:
             yield Case("vgg16", "training", 8, "bf16")
             yield Case("vgg16", "inference", 8, "fp32")
+            yield Case("vgg16", "lpips", 8, "fp32")
+            yield Case("vgg16", "lpips", 8, "bf16")
 
 
 def selected(group: Group, labels: set[str]) -> Group:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vggfast import _C, ops
-from vggfast.bench import cases
-from vggfast.bench.cases import BUFFERS, DTYPES, Case
+from vggfast.bench import cases, perceptual
+from vggfast.bench.cases import BUFFERS, DTYPES, LOSSES, Case
 from vggfast.bench.contenders import Runner
 
 
@@ -31,7 +31,11 @@ def build(
     """``engine``: vggfast, eager, compile or cudnn; ``layout``: a name of torch's memory formats; ``mode``: torch.compile's."""
     torch.set_num_threads(case.threads)
     torch.backends.cudnn.benchmark = True
-    runner = _layer(case, files, engine, layout) if case.layer else _network(case, files, engine, layout, mode, graph)
+    if case.layer:
+        runner = _layer(case, files, engine, layout)
+    else:
+        of_network = perceptual.build if case.task in LOSSES else _network
+        runner = of_network(case, files, engine, layout, mode, graph)
     if case.layer and engine == "vggfast":
         runner.kernel = describe_kernel(case)
     if case.device == "cuda":
