@@ -54,12 +54,31 @@ static void direct_filters(const Filters& w, int64_t block, float* packed) {
   }
 }
 
-// finish(pixel, acc) for one output row and one block of output channels.
+static constexpr int64_t kDirectChain = 256; // products summed before their sum is added to the rest: long chains round more
+
+// finish(pixel, sums) for one output row and one block of output channels; parts: [W][kBlock] floats for the sums so far.
 template <class Finish>
-static inline void direct_row(const float* rows, int64_t width, int64_t in, const float* packed, const Finish& finish) {
-  const int64_t row_size = (width + 2) * in;
-  const Product product{rows, in, 1, row_size, packed, kBlock, 3 * in * kBlock, 3 * in, 3, 0, 0, (const char*)rows, 0};
-  for_each_row_block(width, product, StartAtZero(), finish);
+static inline void direct_row(const float* rows, int64_t width, int64_t in, const float* packed, float* parts,
+                              const Finish& finish) {
+  const int64_t row_size = (width + 2) * in, depth = 3 * in;
+  if (3 * depth <= kDirectChain + 32) { // to 32 channels: one chain
+    const Product product{rows, in, 1, row_size, packed, kBlock, depth * kBlock, depth, 3, 0, 0, (const char*)rows, 0};
+    return for_each_row_block(width, product, StartAtZero(), finish);
+  }
+  const int64_t chains = (depth + kDirectChain - 1) / kDirectChain;
+  for (int64_t i = 0; i < 3 * chains; ++i) {
+    const int64_t r = i / chains, begin = depth * (i % chains) / chains, end = depth * (i % chains + 1) / chains;
+    const Product product{
+        rows + r * row_size + begin, in, 1, 0, packed + (r * depth + begin) * kBlock, kBlock, 0, end - begin, 1, 0, 0,
+        (const char*)rows,           0};
+    for_each_row_block(width, product, StartAtZero(), [&](int64_t w, const Vec(&acc)[kVecs]) {
+      float* part = parts + w * kBlock;
+      Vec sums[kVecs];
+      for (int v = 0; v < kVecs; ++v) sums[v] = i == 0 ? acc[v] : Vec::load(part + v * Vec::width) + acc[v];
+      if (i == 3 * chains - 1) return finish(w, sums);
+      for (int v = 0; v < kVecs; ++v) sums[v].store(part + v * Vec::width);
+    });
+  }
 }
 
 // Pools two rows of fp32 pixels [2][W][channels ...] into row ph of the output, channels [k0, k0 + count).
@@ -81,7 +100,8 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
                         float* scratch) {
   const int64_t row_size = (x.w + 2) * x.c;
   for (int64_t h = h_begin - 1; h <= h_end; ++h) load_row<T>(x, n, h, scratch + (h - h_begin + 1) * row_size);
-  float* full = scratch + (h_end - h_begin + 2) * row_size; // [2][W][kBlock], before pooling
+  float* parts = scratch + (h_end - h_begin + 2) * row_size;
+  float* full = parts + x.w * kBlock; // [2][W][kBlock], before pooling
   for (int64_t block = 0; block * kBlock < out.c; ++block) {
     const int64_t k0 = block * kBlock;
     const float* filters = packed + block * 9 * x.c * kBlock;
@@ -93,14 +113,14 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
         T* line = (T*)out.data + (n * out.h + h) * out.w * out.c + k0;
         if constexpr (std::is_same_v<T, float>) {
           if (out.stream) {
-            direct_row(rows, x.w, x.c, filters, [&](int64_t w, const Vec(&acc)[kVecs]) {
+            direct_row(rows, x.w, x.c, filters, parts, [&](int64_t w, const Vec(&acc)[kVecs]) {
               for (int v = 0; v < kVecs && k0 + v * Vec::width < out.c; ++v)
                 epilogue[v](acc[v]).stream(line + w * out.c + v * Vec::width);
             });
             continue;
           }
         }
-        direct_row(rows, x.w, x.c, filters, [&](int64_t w, const Vec(&acc)[kVecs]) {
+        direct_row(rows, x.w, x.c, filters, parts, [&](int64_t w, const Vec(&acc)[kVecs]) {
           for (int v = 0; v < kVecs && k0 + v * Vec::width < out.c; ++v) {
             const int64_t k = k0 + v * Vec::width;
             store_lanes(epilogue[v](acc[v]), line + w * out.c + v * Vec::width, lanes_from(k, out.c));
@@ -110,7 +130,7 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
       }
       if (h / 2 >= out.h / 2) continue; // an odd last row is in no window
       float* line = full + h % 2 * x.w * kBlock;
-      direct_row(rows, x.w, x.c, filters, [&](int64_t w, const Vec(&acc)[kVecs]) {
+      direct_row(rows, x.w, x.c, filters, parts, [&](int64_t w, const Vec(&acc)[kVecs]) {
         for (int v = 0; v < kVecs; ++v) epilogue[v](acc[v]).store(line + w * kBlock + v * Vec::width);
       });
       if (h % 2 == 1) pool_row<T>(out, full, x.w * kBlock, kBlock, n, h / 2, k0, kBlock);
@@ -147,12 +167,18 @@ static void few_rows(const Image& x, const float* packed, const Output& out, int
   for (int64_t h = h_begin - 1; h <= h_end; ++h) {
     load_row<T>(x, n, h, row);
     float* of_row = products + (h + 3) % 3 * row_size;
-    for (int64_t k = 0; k < columns; k += kBlock) {
-      const Product product{row, x.c, 1, 0, packed + k * x.c, kBlock, 0, x.c, 1, 14 * x.c, 16, (const char*)row, 0};
-      for_each_row_block(pixels, product, StartAtZero(), [&](int64_t w, const Vec(&acc)[kVecs]) {
-        for (int v = 0; v < kVecs; ++v) acc[v].store(of_row + w * columns + k + v * Vec::width);
-      });
-    }
+    for (int64_t k = 0; k < columns; k += kBlock)
+      for (int64_t c = 0; c < x.c; c += kDirectChain) {
+        const int64_t depth = x.c - c < kDirectChain ? x.c - c : kDirectChain;
+        const Product product{row + c,          x.c, 1, 0, packed + k * x.c + c * kBlock, kBlock, 0, depth, 1, kRows * x.c, 16,
+                              (const char*)row, 0};
+        for_each_row_block(pixels, product, StartAtZero(), [&](int64_t w, const Vec(&acc)[kVecs]) {
+          for (int v = 0; v < kVecs; ++v) {
+            float* p = of_row + w * columns + k + v * Vec::width;
+            (c ? Vec::load(p) + acc[v] : acc[v]).store(p);
+          }
+        });
+      }
     if (h <= h_begin) continue; // output row h - 1 needs the rows around it
     T* line = (T*)out.data + (n * out.h + h - 1) * out.w * out.c;
     for (int64_t w = 0; w < out.w; ++w)

@@ -38,7 +38,7 @@ void forward_direct(const Kernels& k, const Plan& plan, const Image& x, const Fi
   parallel(x.n * bands, [&](int64_t job) {
     const int64_t begin = job % bands * plan.band, end = std::min(begin + plan.band, x.h);
     k.direct_rows(x, packed, out, job / bands, begin, end,
-                  scratch((plan.band + 2) * (x.w + 2) * x.c + 2 * x.w * k.block + k.width));
+                  scratch((plan.band + 2) * (x.w + 2) * x.c + 3 * x.w * k.block + k.width));
   });
 }
 

@@ -1,5 +1,5 @@
 // Winograd F(4x4, 3x3): Y = A^T [ (G g G^T) * (B^T d B) ] A over interpolation points 0, +-sqrt(1/2), +-sqrt(2), infinity.
-// These points keep the fp32 error near a direct convolution's (about 2x; the usual 0, +-1, +-2 cost 4-5x).
+// These points keep the fp32 error within about twice that of one chain of additions (the usual 0, +-1, +-2 cost 4-5x).
 // One 4x4 output tile needs a 6x6 input patch; the product becomes 36 independent GEMMs over channels.
 
 static constexpr float kA = 0.70710678118654752f; // sqrt(1/2)
