@@ -154,10 +154,15 @@ class _SeededImages(Dataset[Read]):
 
 def decode(content: bytes) -> Any:
     """The image in a file's bytes as a PIL image in RGB."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    with Image.open(BytesIO(content)) as picture:
-        return picture.convert("RGB")
+    try:
+        with Image.open(BytesIO(content)) as picture:
+            return picture.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(
+            "in no format that Pillow knows" if content else "empty"
+        ) from None  # its own message has an address
 
 
 def _find(data: str, val: str | None) -> tuple[Labelled, Labelled | None]:

@@ -72,7 +72,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        x = input.float()
+        x = input if input.dtype == torch.float64 else input.float()
         weight = 0.0 if self.place.empty else 1.0
         here = torch.cat([weight * x.sum((0, 2, 3)), x.new_full((1,), weight * x.numel() / x.shape[1])])
         everywhere: Tensor = _AllReduce.apply(here)  # type: ignore[no-untyped-call]
