@@ -31,9 +31,8 @@ def tiny_model(in_channels: int = 1) -> nn.Module:
 
 
 def tiny_fit(output: Path, *, resume: bool = False, overwrite: bool = False, listener=None, **settings) -> Result:
-    config = TrainConfig.recipe(
-        "digits", **{"output": str(output), "epochs": 2, "limit": 96, "batch_size": 32, "lr": 0.05, **settings}
-    )
+    tiny = {"data": "digits", "output": str(output), "epochs": 2, "limit": 96, "batch_size": 32, "lr": 0.05}
+    config = TrainConfig.recipe(**{**tiny, **settings})
     return fit(config, resume=resume, overwrite=overwrite, model=tiny_model(), listener=listener)
 
 
@@ -121,6 +120,33 @@ def test_shift_moves_each_image_by_less_than_its_bound_and_repeats_the_border():
     torch.testing.assert_close(datasets.shift(images, 0.0, torch.Generator()), images)
 
 
+def test_mnist_is_5000_real_images_of_which_the_same_1000_are_held_out():
+    data, other = (datasets.load("mnist", size=32, batch_size=64, seed=seed, augment="affine") for seed in (0, 1))
+    assert data.train[0].shape == (4000, 1, 32, 32)
+    assert data.test[1].bincount().tolist() == [100] * 10
+    assert torch.equal(data.test[0], other.test[0])
+    assert (data.train[0][:, :, :2] == data.train[0].min()).all()  # the padding
+    seen = {image.numpy().tobytes() for image in data.train[0]}
+    assert sum(image.numpy().tobytes() in seen for image in data.test[0]) <= 1  # held out from training
+
+
+def test_affine_turns_enlarges_and_moves_and_does_nothing_where_its_bounds_are_zero():
+    images = torch.linspace(-1, 1, 33).repeat(200, 1, 33, 1)  # the value is x on the grid, which spans [-1, 1]
+    generator = torch.Generator().manual_seed(0)
+    torch.testing.assert_close(datasets.affine(images, 0, 0, 0, generator), images)
+    changed = datasets.affine(images, 0, 30, 0.2, generator)[:, 0]
+    along = (changed[:, 16, 20] - changed[:, 16, 12]) / (images[0, 0, 16, 20] - images[0, 0, 16, 12])
+    across = (changed[:, 20, 16] - changed[:, 12, 16]) / (images[0, 0, 16, 20] - images[0, 0, 16, 12])
+    degrees = torch.atan2(-across, along).rad2deg()
+    zoom = torch.hypot(along, across)
+    assert -30 < degrees.min() < -28 < 28 < degrees.max() < 30
+    assert 0.8 < zoom.min() < 0.82 < 1.18 < zoom.max() < 1.2
+    moved = datasets.affine(images, 2 / 32, 0, 0, generator)[:, 0, 16, 16]
+    assert (
+        0.12 < moved.abs().max() <= 4 / 32 * 33 / 32 + 1e-6
+    )  # two of 32 pixels, where the value grows by 2 in 32 of 33
+
+
 def test_limit_keeps_every_class():
     data = datasets.load("digits", size=32, batch_size=8, seed=0, limit=60)
     assert (data.train_size, data.test_size) == (60, 60)
@@ -192,13 +218,19 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_zero():
 # ---- resuming ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
-def test_resuming_after_an_epoch_or_within_one_ends_with_the_same_bits(tmp_path, amp):
-    whole = tiny_fit(tmp_path / "whole", amp=amp)
-    for name, stop, settings in (("epoch", (1, 1), {}), ("step", (1, 3), {"save_every": 2})):
+EVERYTHING = {
+    "accumulate": 3, "ema": 0.9, "schedule": "plateau", "patience": 0, "gradient_checkpointing": True,
+    "augment": "affine", "label_smoothing": 0.1, "epochs": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, {"amp": "bf16"}, {"amp": "fp16"}, EVERYTHING, {"data": "mnist"}])
+def test_resuming_after_an_epoch_or_within_one_ends_with_the_same_bits(tmp_path, settings):
+    whole = tiny_fit(tmp_path / "whole", **settings)
+    for name, stop, save in (("epoch", (1, 1), {}), ("step", (1, 3), {"save_every": 2})):
         with pytest.raises(KeyboardInterrupt):
-            tiny_fit(tmp_path / name, amp=amp, listener=StopAt(*stop), **settings)
-        resumed = tiny_fit(tmp_path / name, amp=amp, resume=True, **settings)
+            tiny_fit(tmp_path / name, listener=StopAt(*stop), **settings, **save)
+        resumed = tiny_fit(tmp_path / name, resume=True, **settings, **save)
         assert_same_weights(whole.weights, resumed.weights)
         assert [deterministic(row) for row in resumed.history] == [deterministic(row) for row in whole.history]
 

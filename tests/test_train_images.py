@@ -201,14 +201,14 @@ def test_a_run_on_shards_resumes_and_skips_what_cannot_be_read(tmp_path):
     shard.write_bytes(content)
 
     def run(name: str, listener: Listener, **options) -> Result:
-        settings = {"size": 32, "epochs": 2, "batch_size": 4, "save_every": 1, "workers": 1}
+        settings = {"size": 32, "epochs": 2, "batch_size": 4, "save_every": 1}
         config = TrainConfig.recipe(str(tmp_path / "data"), output=str(tmp_path / name), **settings)
         return fit(config, model=tiny_model(3), listener=listener, **options)
 
+    stopping = StopAt(1, 2)
+    stopping.note = lambda text: None
     with pytest.raises(KeyboardInterrupt):
-        stopped = StopAt(1, 2)
-        stopped.note = lambda text: None
-        run("half", stopped)
+        run("half", stopping)
     listener = Notes()
     whole = run("whole", listener)
     assert [note.split(" cannot")[0] for note in listener.notes] == [f"{shard}:{sample.name}"]

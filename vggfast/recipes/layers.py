@@ -119,14 +119,18 @@ def _checkpointed(segment: list[nn.Module], x: Tensor) -> Tensor:
 @contextmanager
 def _statistics_untouched(module: nn.Module) -> Iterator[None]:
     """Without this the second forward pass would count the batch into the running statistics once more."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    counts = [None if count is None else count.clone() for _, _, count in before]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0  # not track_running_stats, with which torch saves other tensors for the gradient
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for (norm, momentum, tracked), count in zip(before, counts, strict=True):
+            norm.momentum = momentum
+            if tracked is not None and count is not None:
+                tracked.copy_(count)
 
 
 @contextmanager

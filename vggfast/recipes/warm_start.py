@@ -26,7 +26,7 @@ def apply(model: nn.Module, path: str) -> str:
         raise RecipeError(f"warm start: {error}") from error
     source = _shallow_layers(state, path)
     target = layers_of(model)
-    chosen = [name for name in source if name.startswith("conv")][:CONVOLUTIONS]
+    chosen = [name for name in source if name.startswith("conv") and not name.endswith(".bn")][:CONVOLUTIONS]
     chosen += [name for name in source if name.startswith("fc")]
     own = model.state_dict()
     copied, refused = [], []
