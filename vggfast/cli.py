@@ -314,7 +314,7 @@ def _train(
         raise typer.Exit(130) from None
     shown.print(f"test accuracy {result.test_accuracy:.2%}", style="bold", highlight=False)
     if skipped := result.history[-1].unreadable:
-        shown.print(f"{skipped:,} images could not be read and were skipped in the last epoch", style="bold red")
+        shown.print(f"unreadable images skipped in the last epoch: {skipped:,}", style="bold red")
     for what, path in (
         ("learning curve", result.curve),
         ("metrics", result.metrics),
