@@ -84,9 +84,9 @@ def _samples(shard: Path) -> Iterator[Sample]:
     label: str | None = None
     key = ""
     try:
-        with shard.open("rb") as file:
-            file.seek(max(0, shard.stat().st_size - tarfile.BLOCKSIZE))
-            if file.read().strip(b"\0"):  # tarfile takes a file cut off between two members for a whole one
+        with shard.open("rb") as whole:
+            whole.seek(max(0, shard.stat().st_size - tarfile.BLOCKSIZE))
+            if whole.read().strip(b"\0"):  # tarfile takes a file cut off between two members for a whole one
                 raise tarfile.ReadError("its end is missing")
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
