@@ -86,7 +86,7 @@ def test_every_block_of_a_page_runs(page, tmp_path):
     }
     done = subprocess.run(
         [sys.executable, "-c", RUN_BLOCKS, str(page)],
-        input=json.dumps(to_run), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400,
+        input=json.dumps(to_run), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     assert done.stdout.endswith("==== all ran\n")

@@ -45,7 +45,7 @@ def torchrun(script: str, *arguments: object) -> subprocess.CompletedProcess[str
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, str(folder / "script.py"), *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
