@@ -1,6 +1,7 @@
 """Training on images in folders and in shards: what is read, in which order, changed how, and what cannot be read."""
 
 import gzip
+import json
 import os
 import sys
 import tarfile
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from test_train import StopAt, assert_same_weights, tiny_model
 
 from vggfast.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -59,7 +61,13 @@ def test_a_model_trains_on_a_folder_and_resumes(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run("half", listener=StopAt(1, 2))
-    assert_same_weights(run("whole").weights, run("half", resume=True).weights)
+    whole = run("whole")
+    assert_same_weights(whole.weights, run("half", resume=True).weights)
+    with safe_open(whole.weights, "pt") as file:
+        preprocessing = json.loads(file.metadata()["preprocessing"])
+    assert (preprocessing["size"], tuple(preprocessing["mean"]), tuple(preprocessing["std"])) == (
+        32, IMAGENET_MEAN, IMAGENET_STD,
+    )  # fmt: skip
 
 
 def test_a_folder_without_train_is_split(tmp_path):

@@ -15,11 +15,12 @@ def shrink_models(models: types.ModuleType) -> None:
     """VGGs with 64 for every 4096 units of the fully connected layers."""
     from torch import nn
 
-    class SmallLinear(nn.Linear):
-        def __init__(self, in_features: int, out_features: int, **kwargs) -> None:
-            super().__init__(*(64 if size == 4096 else size for size in (in_features, out_features)), **kwargs)
+    original = nn.Linear.__init__
 
-    models.nn = types.SimpleNamespace(**{**vars(nn), "Linear": SmallLinear})
+    def init(self, in_features: int, out_features: int, *args, **kwargs) -> None:
+        original(self, *(64 if size == 4096 else size for size in (in_features, out_features)), *args, **kwargs)
+
+    nn.Linear.__init__ = init  # not another class: code that asks for an nn.Linear must find one
 
 
 def shrink_recipes(config: types.ModuleType) -> None:

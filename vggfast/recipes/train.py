@@ -5,14 +5,16 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 import vggfast.models
+from vggfast.preprocessing import Normalisation
 from vggfast.recipes import RecipeError, checkpoint, curve, warm_start
 from vggfast.recipes import data as datasets
-from vggfast.recipes.config import TrainConfig
+from vggfast.recipes.config import RECIPES, TrainConfig
 from vggfast.recipes.distributed import Processes, local_device, processes
 from vggfast.recipes.trainer import CHECKPOINT, Epoch, Listener, Trainer
 
@@ -179,7 +181,7 @@ def write_metrics(trainer: Trainer) -> None:
 
 
 def write_weights(trainer: Trainer) -> None:
-    """Write the weights as safetensors to the output folder, with the model's name, channels and classes (JSON) in it."""
+    """Write the weights as safetensors to the output folder, with what others need to use them (JSON) in it."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -187,7 +189,9 @@ def write_weights(trainer: Trainer) -> None:
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trainer.tested.state_dict().items()}
     data = trainer.data
-    about = {"model": trainer.config.model, "in_channels": data.in_channels, "classes": data.classes}
+    about: dict[str, Any] = {"model": trainer.config.model, "in_channels": data.in_channels, "classes": data.classes}
+    normalisation = {} if trainer.config.data in RECIPES else Normalisation().to_dict()  # images: ImageNet's
+    about["preprocessing"] = {"size": trainer.config.size, **normalisation}
     with checkpoint.atomic_write(Path(trainer.config.output) / WEIGHTS) as temporary:
         try:
             save_file(tensors, temporary, {name: json.dumps(value) for name, value in about.items()})
