@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file
 from test_train import tiny_model
+from test_train_images import write_images
 from typer.testing import CliRunner, Result
 
 import vggfast.models
@@ -193,6 +194,23 @@ def test_train_says_no_in_one_message(tiny, tmp_path):
     assert_one_message(run("train", "--output", tmp_path / "new", "--device", "tpu"), "expected auto, cpu", "'tpu'")
     (out / "checkpoint.pt").write_bytes(b"PK")
     assert_one_message(run("train", "--output", out, "--resume"), "cannot be read as a checkpoint", "--overwrite")
+
+
+def test_train_names_and_counts_images_that_cannot_be_read(tiny, tmp_path):
+    pytest.importorskip("torchvision")
+    write_images(tmp_path / "data", {"cat": 6, "dog": 6})
+    (tmp_path / "data" / "dog" / "1.png").write_bytes(b"")
+    options = ("--epochs", 2, "--size", 32, "--batch-size", 4)
+    done = run("train", "--data", tmp_path / "data", "--output", tmp_path / "run", *options)
+    assert done.exit_code == 0, done.output
+    assert (
+        done.stdout.count(f"{tmp_path / 'data' / 'dog' / '1.png'} cannot be read as an image and is skipped (empty)")
+        == 1
+    )
+    assert "unreadable images skipped in the last epoch: 1" in done.stdout
+    assert_one_message(
+        run("train", "--output", tmp_path / "run", "--resume", "--recipe", "modern"), "leave out --recipe"
+    )
 
 
 def test_train_without_its_data_says_so(tmp_path):

@@ -17,7 +17,8 @@ from vggfast.models import make_layers
 from vggfast.recipes import RecipeError, checkpoint
 from vggfast.recipes import data as datasets
 from vggfast.recipes.config import MODELS, TrainConfig
-from vggfast.recipes.train import Epoch, Listener, Result, Trainer, choose_device, fit, learning_rate_factor
+from vggfast.recipes.schedule import learning_rate_factor
+from vggfast.recipes.train import Epoch, Listener, Result, Trainer, choose_device, fit
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,9 +31,8 @@ def tiny_model(in_channels: int = 1) -> nn.Module:
 
 
 def tiny_fit(output: Path, *, resume: bool = False, overwrite: bool = False, listener=None, **settings) -> Result:
-    config = TrainConfig.recipe(
-        "digits", **{"output": str(output), "epochs": 2, "limit": 96, "batch_size": 32, "lr": 0.05, **settings}
-    )
+    tiny = {"data": "digits", "output": str(output), "epochs": 2, "limit": 96, "batch_size": 32, "lr": 0.05}
+    config = TrainConfig.recipe(**{**tiny, **settings})
     return fit(config, resume=resume, overwrite=overwrite, model=tiny_model(), listener=listener)
 
 
@@ -120,6 +120,33 @@ def test_shift_moves_each_image_by_less_than_its_bound_and_repeats_the_border():
     torch.testing.assert_close(datasets.shift(images, 0.0, torch.Generator()), images)
 
 
+def test_mnist_is_5000_real_images_of_which_the_same_1000_are_held_out():
+    data, other = (datasets.load("mnist", size=32, batch_size=64, seed=seed, augment="affine") for seed in (0, 1))
+    assert data.train[0].shape == (4000, 1, 32, 32)
+    assert data.test[1].bincount().tolist() == [100] * 10
+    assert torch.equal(data.test[0], other.test[0])
+    assert (data.train[0][:, :, :2] == data.train[0].min()).all()  # the padding
+    seen = {image.numpy().tobytes() for image in data.train[0]}
+    assert sum(image.numpy().tobytes() in seen for image in data.test[0]) <= 1  # held out from training
+
+
+def test_affine_turns_enlarges_and_moves_and_does_nothing_where_its_bounds_are_zero():
+    images = torch.linspace(-1, 1, 33).repeat(200, 1, 33, 1)  # the value is x on the grid, which spans [-1, 1]
+    generator = torch.Generator().manual_seed(0)
+    torch.testing.assert_close(datasets.affine(images, 0, 0, 0, generator), images)
+    changed = datasets.affine(images, 0, 30, 0.2, generator)[:, 0]
+    along = (changed[:, 16, 20] - changed[:, 16, 12]) / (images[0, 0, 16, 20] - images[0, 0, 16, 12])
+    across = (changed[:, 20, 16] - changed[:, 12, 16]) / (images[0, 0, 16, 20] - images[0, 0, 16, 12])
+    degrees = torch.atan2(-across, along).rad2deg()
+    zoom = torch.hypot(along, across)
+    assert -30 < degrees.min() < -28 < 28 < degrees.max() < 30
+    assert 0.8 < zoom.min() < 0.82 < 1.18 < zoom.max() < 1.2
+    moved = datasets.affine(images, 2 / 32, 0, 0, generator)[:, 0, 16, 16]
+    assert (
+        0.12 < moved.abs().max() <= 4 / 32 * 33 / 32 + 1e-6
+    )  # two of 32 pixels, where the value grows by 2 in 32 of 33
+
+
 def test_limit_keeps_every_class():
     data = datasets.load("digits", size=32, batch_size=8, seed=0, limit=60)
     assert (data.train_size, data.test_size) == (60, 60)
@@ -191,13 +218,19 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_zero():
 # ---- resuming ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
-def test_resuming_after_an_epoch_or_within_one_ends_with_the_same_bits(tmp_path, amp):
-    whole = tiny_fit(tmp_path / "whole", amp=amp)
-    for name, stop, settings in (("epoch", (1, 1), {}), ("step", (1, 3), {"save_every": 2})):
+EVERYTHING = {
+    "accumulate": 3, "ema": 0.9, "schedule": "plateau", "patience": 0, "gradient_checkpointing": True,
+    "augment": "affine", "label_smoothing": 0.1, "epochs": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, {"amp": "bf16"}, {"amp": "fp16"}, EVERYTHING, {"data": "mnist"}])
+def test_resuming_after_an_epoch_or_within_one_ends_with_the_same_bits(tmp_path, settings):
+    whole = tiny_fit(tmp_path / "whole", **settings)
+    for name, stop, save in (("epoch", (1, 1), {}), ("step", (1, 3), {"save_every": 2})):
         with pytest.raises(KeyboardInterrupt):
-            tiny_fit(tmp_path / name, amp=amp, listener=StopAt(*stop), **settings)
-        resumed = tiny_fit(tmp_path / name, amp=amp, resume=True, **settings)
+            tiny_fit(tmp_path / name, listener=StopAt(*stop), **settings, **save)
+        resumed = tiny_fit(tmp_path / name, resume=True, **settings, **save)
         assert_same_weights(whole.weights, resumed.weights)
         assert [deterministic(row) for row in resumed.history] == [deterministic(row) for row in whole.history]
 
@@ -252,6 +285,7 @@ def test_what_is_said_comes_before_the_recipe():
     assert plain.lr > TrainConfig().lr  # a network without BatchNorm needs it
     assert plain.epochs == 3
     assert TrainConfig.recipe("photos/cats/").output == "runs/cats"
+    assert TrainConfig.recipe("photos/cats/{000..003}.tar").output == "runs/cats"
     assert TrainConfig.recipe("photos", size=64, output="x").size == 64
 
 
@@ -372,94 +406,3 @@ def test_unknown_and_absent_devices_are_reported(monkeypatch):
         choose_device("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")
-
-
-# ---- folders of images ---------------------------------------------------------------------------------------------
-
-
-def write_images(root: Path, folders: dict[str, int]) -> None:
-    """PNGs of random colours: {"train/cat": 3} makes train/cat/0.png ... 2.png under `root`."""
-    from PIL import Image
-
-    for folder, count in folders.items():
-        (root / folder).mkdir(parents=True)
-        for number in range(count):
-            pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy()
-            Image.fromarray(pixels).save(root / folder / f"{number}.png")
-
-
-def load_folder(root: Path, workers: int = 0) -> datasets.Data:
-    return datasets.load(str(root), size=32, batch_size=4, seed=0, workers=workers)
-
-
-def test_a_folder_is_read_the_same_by_workers_and_from_the_middle(tmp_path):
-    pytest.importorskip("torchvision")
-    write_images(tmp_path, {"train/cat": 6, "train/dog": 5, "val/cat": 2, "val/dog": 1})
-    data = load_folder(tmp_path)
-    assert (data.classes, data.train_size, data.test_size) == (["cat", "dog"], 11, 3)
-    whole = list(data.train_batches(1))
-    assert [tuple(images.shape) for images, _ in whole] == [(4, 3, 32, 32), (4, 3, 32, 32), (3, 3, 32, 32)]
-    state = torch.get_rng_state()
-    for got, expected in zip(load_folder(tmp_path, workers=2).train_batches(1, start=1), whole[1:], strict=True):
-        assert torch.equal(got[0], expected[0])
-        assert torch.equal(got[1], expected[1])
-    assert torch.equal(torch.get_rng_state(), state)  # data never draw from the generator that dropout uses
-
-
-def test_a_model_trains_on_a_folder_and_resumes(tmp_path):
-    pytest.importorskip("torchvision")
-    write_images(tmp_path / "data", {"train/cat": 6, "train/dog": 5, "val/cat": 2, "val/dog": 1})
-    settings = {"size": 32, "epochs": 2, "batch_size": 4, "save_every": 1, "workers": 1}
-
-    def run(name: str, **options) -> Result:
-        config = TrainConfig.recipe(str(tmp_path / "data"), output=str(tmp_path / name), **settings)
-        return fit(config, model=tiny_model(3), **options)
-
-    with pytest.raises(KeyboardInterrupt):
-        run("half", listener=StopAt(1, 2))
-    assert_same_weights(run("whole").weights, run("half", resume=True).weights)
-
-
-def test_a_folder_without_train_is_split(tmp_path):
-    pytest.importorskip("torchvision")
-    write_images(tmp_path, {"cat": 10, "dog": 5})
-    data = load_folder(tmp_path)
-    assert (data.train_size, data.test_size) == (12, 3)
-
-
-@pytest.mark.parametrize(
-    ("folders", "message"),
-    [
-        (None, "no data folder .*expected 'digits', 'fake', or a folder"),
-        ({}, "expected one folder of images .* per class, got \\[\\]"),
-        ({"cat": 0}, "expected one folder of images .* per class, got \\['cat'\\]"),
-        ({"train/cat": 1}, "has train/ but neither val/ nor test/"),
-        ({"train/cat": 1, "val/dog": 1}, r"expected the same class folders as in .*\['cat'\], got \['dog'\]"),
-        ({"cat": 1}, "expected at least two images in some class"),
-    ],
-)
-def test_a_folder_that_is_no_data_set_is_reported(tmp_path, folders, message):
-    pytest.importorskip("torchvision")
-    if folders is not None:
-        (tmp_path / "data").mkdir()
-        write_images(tmp_path / "data", folders)
-    with pytest.raises(RecipeError, match=message):
-        load_folder(tmp_path / "data")
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_is_named(tmp_path, workers):
-    pytest.importorskip("torchvision")
-    write_images(tmp_path, {"train/cat": 1, "val/cat": 1})
-    broken = tmp_path / "train" / "cat" / "0.png"
-    os.truncate(broken, 30)
-    with pytest.raises(RecipeError) as caught:
-        list(load_folder(tmp_path, workers).train_batches(0))
-    assert str(caught.value).startswith(f"{broken} cannot be read as an image (")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_folder_without_torchvision_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(RecipeError, match="which is not installed: pip install torchvision"):
-        load_folder(tmp_path)

@@ -18,7 +18,7 @@ import vggfast.models
 import vggfast.recipes.commands
 from vggfast import _C, cuda_plan, switches
 from vggfast.recipes import RecipeError
-from vggfast.recipes.config import MODELS, AmpName, ModelName, TrainConfig
+from vggfast.recipes.config import MODELS, AmpName, ModelName, PresetName, TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -233,23 +233,44 @@ def bench(
 def train(
     data: Annotated[
         str | None,
-        typer.Option(help="digits (scikit-learn's, enlarged), fake, or a folder with train/<class>/ and val/<class>/."),
+        typer.Option(
+            help="digits, mnist, fake, a folder with train/<class>/ and val/<class>/, or shards: 'x-{000..003}.tar'."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results.  [default: runs/<data>]")] = None,
+    val: Annotated[str | None, typer.Option(help="Folder or shards of held-out images, if not in --data.")] = None,
+    preset: Annotated[
+        PresetName | None, typer.Option("--recipe", help="Of folders and shards: the paper's (default), or today's.")
+    ] = None,
     model: Annotated[ModelName | None, typer.Option(help="The model.")] = None,
+    warm_start: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint of a vgg11 whose first four convolutions and FC layers to start from."),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step, of all processes.")] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Pieces to cut a step into, to save memory.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Save memory: compute activations twice.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate at its peak.")] = None,
     weight_decay: Annotated[float | None, typer.Option(min=0, help="L2 penalty.")] = None,
+    ema: Annotated[float | None, typer.Option(min=0, help="Decay of an average of the weights; 0: none.")] = None,
     size: Annotated[int | None, typer.Option(min=32, help="Height and width of the images.")] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="Shorter edge that the paper's recipe crops from: 256, or 256-512.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many images.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     amp: Annotated[AmpName | None, typer.Option(help="Mixed precision.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read a folder's images.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images.")] = None,
     save_every: Annotated[
         int | None, typer.Option(min=1, help="Write a checkpoint every so many steps too, not only after each epoch.")
+    ] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard", help="Write metrics for TensorBoard, too.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
@@ -257,38 +278,47 @@ def train(
     """Train a VGG; options left out are the recipe's for the data or, with --resume, those of the run it goes on with.
 
     Leaves checkpoint.pt, model.safetensors, metrics.csv and curve.png in the output folder. Stopped at any moment,
-    it goes on from its last checkpoint with --resume.
+    it goes on from its last checkpoint with --resume. Under torchrun all processes train one model.
     """
     options: dict[str, Any] = {
         "model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
         "size": size, "limit": limit, "seed": seed, "device": device, "amp": amp, "threads": threads,
-        "workers": workers, "save_every": save_every,
+        "workers": workers, "save_every": save_every, "val": val, "warm_start": warm_start, "accumulate": accumulate,
+        "gradient_checkpointing": gradient_checkpointing, "ema": ema, "scale": scale, "tensorboard": tensorboard,
     }  # fmt: skip
     said = {name: value for name, value in options.items() if value is not None}
     with errors_for_users():
-        _train(data, output, said, resume, overwrite)
+        if resume and preset:
+            raise RecipeError("--resume goes on with the recipe that the run was started with; leave out --recipe")
+        _train(data, output, preset, said, resume, overwrite)
 
 
-def _train(data: str | None, output: Path | None, said: dict[str, Any], resume: bool, overwrite: bool) -> None:
+def _train(
+    data: str | None, output: Path | None, preset: str | None, said: dict[str, Any], resume: bool, overwrite: bool
+) -> None:
+    from vggfast.recipes.distributed import rank
     from vggfast.recipes.progress import ProgressBar
     from vggfast.recipes.train import fit
 
+    shown = Console(soft_wrap=True, quiet=True) if rank() else console  # under torchrun one process speaks
     folder = str(output or TrainConfig.recipe(data or "digits").output)
     if resume:
         config = TrainConfig.resumed(folder, **said, **({"data": data} if data else {}))
     else:
-        config = TrainConfig.recipe(data or "digits", **said, output=folder)
+        config = TrainConfig.recipe(data or "digits", preset, **said, output=folder)
     try:
-        with ProgressBar(console) as bar:
+        with ProgressBar(shown) as bar:
             result = fit(config, resume=resume, overwrite=overwrite, listener=bar)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; go on with: vggfast train --output {folder} --resume", err=True)
         raise typer.Exit(130) from None
-    console.print(f"test accuracy {result.test_accuracy:.2%}", style="bold", highlight=False)
+    shown.print(f"test accuracy {result.test_accuracy:.2%}", style="bold", highlight=False)
+    if skipped := result.history[-1].unreadable:
+        shown.print(f"unreadable images skipped in the last epoch: {skipped:,}", style="bold red")
     for what, path in (
         ("learning curve", result.curve),
         ("metrics", result.metrics),
         ("weights", result.weights),
         ("checkpoint", result.checkpoint),
     ):
-        console.print(f"{what + ':':<16}{path}", highlight=False)
+        shown.print(f"{what + ':':<16}{path}", highlight=False)

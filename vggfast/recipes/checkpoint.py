@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from vggfast.recipes import RecipeError
 
-FORMAT = "vggfast checkpoint 1"
-KEYS = ("config", "progress", "history", "model", "optimizer", "scheduler", "scaler", "rng")
+FORMAT = "vggfast checkpoint 2"
+KEYS = ("config", "progress", "history", "model", "average", "optimizer", "schedule", "scaler")
 
 
 @contextmanager
@@ -105,21 +105,6 @@ def load_weights_into(model: nn.Module, state: Mapping[str, Tensor], path: Path)
                 "data, of the run that wrote it, or start again with --overwrite"
             )
     model.load_state_dict(dict(state))
-
-
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """State of the generators that training draws from: the CPU's, and that of `device` if it is a GPU."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put back what `rng_state` returned. A run moved from CPU to GPU keeps the GPU's own seed."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _fsync(path: Path) -> None:

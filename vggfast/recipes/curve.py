@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vggfast.recipes.checkpoint import atomic_write
 
 if TYPE_CHECKING:
-    from vggfast.recipes.train import Epoch
+    from vggfast.recipes.trainer import Epoch
 
 
 def plot(history: Sequence["Epoch"], path: Path, title: str) -> None:

@@ -5,7 +5,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from vggfast.recipes.train import Epoch, Listener, Trainer
+from vggfast.recipes.trainer import Epoch, Listener, Trainer
 
 
 class ProgressBar(Listener):
@@ -35,7 +35,8 @@ class ProgressBar(Listener):
         self._console.print(
             f"{config.model}: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, on {config.data}: "
             f"{data.train_size:,} images to train on, {data.test_size:,} held out, {len(data.classes)} classes; "
-            f"on {trainer.device}, amp {config.amp}",
+            f"on {trainer.device}, amp {config.amp}"
+            + (f", {trainer.processes.world} processes" if trainer.processes.world > 1 else ""),
             highlight=False,
         )
         if trainer.epoch or trainer.step:
@@ -61,6 +62,9 @@ class ProgressBar(Listener):
         )
         self._show(trainer)
         self._last = time.perf_counter()
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
 
     def _show(self, trainer: Trainer, **fields: str) -> None:
         self._progress.update(

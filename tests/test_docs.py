@@ -1,0 +1,102 @@
+"""Every block of code in the documentation's pages runs, from top to bottom of a page, in a folder with a few images.
+
+Blocks marked ```python share one namespace, blocks marked ```bash run with this Python's programs first on the PATH, all
+in one folder, which holds photos/ (train and val, two classes), shards/ (train-000.tar …, val-000.tar) and photo.jpg.
+`docs_shim` makes networks and recipes small. A block with `no-run` behind its language only has to be rare.
+"""
+
+import importlib.util
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [page for name in ("train", "evaluate", "features") if (page := ROOT / "docs" / f"{name}.md").exists()]
+BLOCK = re.compile(r"^```(python|bash)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NEEDED = ("torchvision", "mlxtend", "tensorboard")
+
+RUN_BLOCKS = """
+import json, subprocess, sys
+namespace = {"__name__": "__main__"}
+for language, line, code in json.load(sys.stdin):
+    print(f"==== {language} block at line {line}", flush=True)
+    if language == "bash":
+        subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True)
+    else:
+        exec(compile("\\n" * line + code, sys.argv[1], "exec"), namespace)
+print("==== all ran")
+"""
+
+
+def blocks(page: Path) -> list[tuple[str, int, str]]:
+    """(language, line of the fence, code) of each block that is to run."""
+    text = page.read_text()
+    return [
+        (match[1], text.count("\n", 0, match.start()) + 1, match[3])
+        for match in BLOCK.finditer(text)
+        if "no-run" not in match[2]
+    ]
+
+
+def prepare(folder: Path) -> None:
+    """Write the images that the pages speak of."""
+    from PIL import Image
+
+    def photo() -> Image.Image:
+        return Image.fromarray(torch.randint(0, 256, (60, 80, 3), dtype=torch.uint8).numpy())
+
+    photo().save(folder / "photo.jpg")
+    for part, count in (("train", 6), ("val", 2)):
+        for name in ("cat", "dog"):
+            (folder / "photos" / part / name).mkdir(parents=True)
+            for number in range(count):
+                photo().save(folder / "photos" / part / name / f"{number}.jpg")
+    (folder / "shards").mkdir()
+    for name in ("train-000", "train-001", "train-002", "train-003", "val-000"):
+        with tarfile.open(folder / "shards" / f"{name}.tar", "w") as tar:
+            for number in range(4):
+                jpeg = io.BytesIO()
+                photo().save(jpeg, "JPEG")
+                for suffix, content in (("jpg", jpeg.getvalue()), ("cls", str(number % 2).encode())):
+                    member = tarfile.TarInfo(f"{name}-{number}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_of_a_page_runs(page, tmp_path):
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"the pages use {', '.join(missing)}, which is not installed")
+    to_run = blocks(page)
+    assert len(to_run) >= 2
+    assert len(BLOCK.findall(page.read_text())) - len(to_run) <= 2  # `no-run` is for what cannot run anywhere
+    prepare(tmp_path)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT / 'tests' / 'docs_shim'}{os.pathsep}{ROOT}",
+        "MPLBACKEND": "Agg",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_BLOCKS, str(page)],
+        input=json.dumps(to_run), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert done.stdout.endswith("==== all ran\n")
+
+
+def test_a_block_that_fails_is_noticed(tmp_path):
+    """The runner itself: an exception in Python and a failing command in the middle of a script both count."""
+    for block in (["python", 1, "1 / 0"], ["bash", 1, "false\ntrue"]):
+        done = subprocess.run(
+            [sys.executable, "-c", RUN_BLOCKS, "page.md"], input=json.dumps([block]), capture_output=True, text=True
+        )
+        assert done.returncode != 0
+        assert "all ran" not in done.stdout
