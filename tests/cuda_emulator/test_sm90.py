@@ -55,12 +55,20 @@ def boxes(tile: str, case: Case, pools: bool) -> list[Box]:
 
 
 def check_forward(
-    emulator: Emulator, case: Case, tile: str, box: Box, *, splits: int = 1, sms: int = 2, seed: int = 1
+    emulator: Emulator,
+    case: Case,
+    tile: str,
+    box: Box,
+    *,
+    splits: int = 1,
+    sms: int = 2,
+    seed: int = 1,
+    patch: bool = False,
 ) -> None:
     x, weight, bias = make_inputs(case)
 
     def run(case: Case, box: Box) -> tuple[torch.Tensor, torch.Tensor | None]:
-        plan = emulator.wide_plan_like("forward", case, tile, box, splits=splits, sms=sms)
+        plan = emulator.wide_plan_like("forward", case, tile, box, splits=splits, sms=sms, patch=patch)
         return emulator.forward(case, x, weight, bias, plan=plan, seed=seed)
 
     y, argmax = run(case, box)
@@ -74,11 +82,19 @@ def check_forward(
 
 
 def check_grad_input(
-    emulator: Emulator, case: Case, tile: str, box: Box, *, splits: int = 1, sms: int = 2, seed: int = 1
+    emulator: Emulator,
+    case: Case,
+    tile: str,
+    box: Box,
+    *,
+    splits: int = 1,
+    sms: int = 2,
+    seed: int = 1,
+    patch: bool = False,
 ) -> None:
     x, weight, _ = make_inputs(case)
     saved = make_saved(case)
-    plan = emulator.wide_plan_like("grad_input", case, tile, box, splits=splits, sms=sms)
+    plan = emulator.wide_plan_like("grad_input", case, tile, box, splits=splits, sms=sms, patch=patch)
     ours = emulator.grad_input(case, saved, weight, plan=plan, seed=seed)
     grad = grad_preact(case, saved)
     exact = convolution_gradients(grad, x, weight, torch.float64)[0]
