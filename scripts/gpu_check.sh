@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in under nine minutes: builds in place, calls every kernel of each set that the GPU runs (sm80, and
-# on Hopper sm90) once, then measures with the last set whose kernels all ran: layers beside cuDNN, networks, memory, predicted against
-# measured. With what time is left it runs the tests on the device and compute-sanitizer over every kernel; the steps that found no time
+# on Hopper sm90 and sm90patch) once, then measures with sm90 (or what ran of it and sm80; sm90patch stands beside it layer by layer):
+# layers beside cuDNN, networks, memory, predicted against measured. With what time is left it runs the tests on the device and compute-sanitizer over every kernel; the steps that found no time
 # are a second run's: scripts/gpu_check.sh --only 'build|kernel|errors|layouts|numbers|runtime|check$' OUT_DIR
 # Needs no network: Python with torch's CUDA build, nvcc and pytest must be there.
 #
@@ -142,34 +142,36 @@ export out python
 gpu="found 9.0"
 [[ $dry ]] || gpu=$(find_gpu | tail -n 1)
 plans=(sm80) # the kernels that this GPU runs
-[[ $gpu == "found 9.0" ]] && plans+=(sm90)
+[[ $gpu == "found 9.0" ]] && plans+=(sm90 sm90patch)
 
 tests=("$python" -m pytest -q -p no:cacheprovider --no-header -o faulthandler_timeout=60)
 record=("$python" benchmarks/record.py --device cuda --quick-rounds --output "$out/results")
 steps=" (forward|grad_input|grad_weight) bf16 batch"
 step environment 8 30 any bash -c environment
 step build 75 200 any bash -c build
-step info 8 30 gpu bash -c '"$python" -m vggfast info --json && "$python" -m vggfast explain vgg16 --device cuda --dtype bf16 --train'
+step info 5 30 gpu bash -c '"$python" -m vggfast info --json && "$python" -m vggfast explain vgg16 --device cuda --dtype bf16 --train'
+rivals=torch,cudnn,jax
 measured=aten # the last set of kernels that all ran, or was not asked to
 for plan in "${plans[@]}"; do
   export VGGFAST_CUDA_PLAN=$plan
   step "$plan-every-kernel" 10 40 gpu "$python" scripts/gpu_kernels.py
-  [[ " ${names[*]}" == *" $plan-every-kernel" && ${outcomes[-1]} != passed ]] || measured=$plan
+  [[ " ${names[*]}" == *" $plan-every-kernel" && ${outcomes[-1]} != passed ]] && continue
+  [[ $plan == sm90patch ]] && rivals+=,patch || measured=$plan
 done
 export VGGFAST_CUDA_PLAN=$measured
 # What is worth most comes first: a run that is cut off has that.
-step layers-batch256 45 80 gpu "${record[@]}" --part layers --only "$steps 256" --seconds 70
+step layers-batch256 45 80 gpu "${record[@]}" --part layers --only "$steps 256" --against "$rivals" --seconds 70
 step predicted-batch256 5 15 gpu bash -c '"$python" benchmarks/predicted.py "$out"/results/*/'
 step inference-batch256 45 75 gpu "${record[@]}" --part inference --only "vgg16 .* bf16 batch 256" --against torch,compile,cudagraph,jax
-step layers-batch1 35 60 gpu "${record[@]}" --part layers --only "$steps 1$" --seconds 50
+step layers-batch1 35 60 gpu "${record[@]}" --part layers --only "$steps 1$" --against "$rivals" --seconds 50
 step inference-batch1 45 75 gpu "${record[@]}" --part inference --only "vgg16 .* bf16 batch 1$" --against torch,compile,cudagraph,jax
 step training-batch256 55 90 gpu "${record[@]}" --part training --only "vgg16 .* batch 256" --against torch,compile,cudagraph,jax
-step layers-batch32 35 60 gpu "${record[@]}" --part layers --only "$steps 32" --seconds 50
+step layers-batch32 35 60 gpu "${record[@]}" --part layers --only "$steps 32" --against "$rivals" --seconds 50
 step memory 25 60 gpu "${record[@]}" --part memory --only "training .* batch 256" --against torch
 step inference-batch32 25 45 gpu "${record[@]}" --part inference --only "vgg16 .* bf16 batch 32" --against torch,cudagraph,jax
 step training-batch32 25 45 gpu "${record[@]}" --part training --only "vgg16 .* batch 32" --against torch,cudagraph,jax
 step predicted 5 15 gpu bash -c '"$python" benchmarks/predicted.py "$out"/results/*/'
-step compiled 50 200 gpu "${record[@]}" --part compiled --seconds 60
+step compiled 45 200 gpu "${record[@]}" --part compiled --seconds 60
 for ((i = ${#plans[@]} - 1; i >= 0; --i)); do
   plan=${plans[i]}
   export VGGFAST_CUDA_PLAN=$plan

@@ -144,9 +144,11 @@ def test_rivals_by_case():
     assert names(Case("conv3_2", "forward", 32, "bf16", "cuda")) == [
         "torch channels_last",
         "torch.compile max-autotune",
+        "vggfast sm90patch",
         "cudnn_convolution_relu",
         "jax",
     ]
+    assert "vggfast sm90patch" not in names(Case("conv3_2", "grad_weight", 32, "bf16", "cuda"))
     gpu = Case("vgg16", "inference", 32, "bf16", "cuda")
     assert {"torch.compile max-autotune", "torch CUDA graph", "jax"} <= set(names(gpu))
     assert names(Case("vgg16", "inference", 1), ["openvino", "ncnn"]) == ["openvino", "ncnn"]

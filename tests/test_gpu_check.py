@@ -32,7 +32,7 @@ FIGURES = [
     *("layers-batch32", "memory", "inference-batch32", "training-batch32", "predicted", "compiled"),
 ]
 PROOFS = ("errors", "numbers", "layouts", "runtime", "memcheck", "racecheck")
-PLANS = ("sm80", "sm90")
+PLANS = ("sm80", "sm90", "sm90patch")
 STEPS = [
     *("environment", "build", "info"),
     *(f"{plan}-every-kernel" for plan in PLANS),
@@ -133,7 +133,9 @@ GPUS = [(Gpu(*numbers), "sm80") for numbers in ((80, 108), (86, 84), (89, 142), 
 
 
 @needs_cuda_build
-@pytest.mark.parametrize(("gpu", "plan"), [*GPUS, (Gpu(90, 132), "sm90"), (Gpu(90, 114), "sm90")])
+@pytest.mark.parametrize(
+    ("gpu", "plan"), [*GPUS, *((Gpu(90, sms), plan) for sms in (132, 114) for plan in ("sm90", "sm90patch"))]
+)
 def test_every_kernel_is_called(gpu_kernels: ModuleType, gpu: Gpu, plan: str) -> None:
     problems = list(gpu_kernels.problems(gpu, plan))
     reached = set().union(*(gpu_kernels.planned_kernels(p, gpu, plan) for p in problems))

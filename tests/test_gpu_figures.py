@@ -34,8 +34,8 @@ def test_a_layers_answer_is_that_of_torchs_operators(name: str, dtype: str, monk
     answers._layer.cache_clear()
     found, want = answers.load(case, ""), cases.reference(case)
     assert found.keys() == want.keys()
-    # What is near a decision is judged image by image here, so a few elements differ in whether they get a gradient.
-    assert ((found[cases.GIVEN] != 0) == (want[cases.GIVEN] != 0)).double().mean() > 0.999
+    # What is near a decision is judged by the spread of the piece, so a few elements differ in whether they get a gradient.
+    assert ((found[cases.GIVEN] != 0) == (want[cases.GIVEN] != 0)).double().mean() > 0.98
     assert cases.relative_errors({"y": found["y"]}, {"y": want["y"]})["y"] < 1e-7
     given = found[cases.GIVEN].double()
     data = cases.layer_data(case, 0).to(torch.float64)

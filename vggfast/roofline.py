@@ -84,7 +84,9 @@ class Step:
         return image + weight + output + outputs * self.bytes + 2 * workspace  # the gradient and y
 
 
-_PLAN = re.compile(r"wgmma tile=m(\d+)n(\d+) box=\S+ tiles=(\d+)x(\d+) splits=(\d+) blocks=(\d+) workspace=(\d+)")
+_PLAN = re.compile(
+    r"wgmma(_patch)? tile=m(\d+)n(\d+) box=(\d+)x(\d+)x(\d+) tiles=(\d+)x(\d+) splits=(\d+) blocks=(\d+) workspace=(\d+)"
+)
 
 
 def predict_step(name: str, kernel: str, step: str, p: Step, ceilings: Ceilings) -> Prediction:
@@ -93,8 +95,12 @@ def predict_step(name: str, kernel: str, step: str, p: Step, ceilings: Ceilings)
     tensor = p.flop / (ceilings.tflops * 1e6)
     l2, workspace = 0.0, 0
     if plan is not None:
-        rows, columns, tiles_m, tiles_n, splits, blocks, workspace = map(int, plan.groups())
-        stage_bytes, stages, stage_flop = _stage(step, p, rows, columns, tiles_m * tiles_n, splits, blocks)
+        rows, columns, _, box_h, box_n, tiles_m, tiles_n, splits, blocks, workspace = map(int, plan.groups()[1:])
+        if plan[1]:
+            lines = (box_h + 2) * box_n
+            stage_bytes, stages, stage_flop = _patch_stage(step, p, rows, columns, 10 * lines, tiles_n, splits)
+        else:
+            stage_bytes, stages, stage_flop = _stage(step, p, rows, columns, tiles_m * tiles_n, splits, blocks)
         busiest = stages * ceil(_items(step, tiles_m * tiles_n, splits, blocks) / ceilings.sms)
         tensor = busiest * stage_flop / (ceilings.tflops * 1e6 / ceilings.sms)
         l2 = busiest * stage_bytes / (ceilings.l2_bytes * ceilings.ghz * 1e3)
@@ -115,6 +121,15 @@ def _stage(step: str, p: Step, rows: int, columns: int, tiles: int, splits: int,
         return 2 * pixels * (rows + 3 * columns), stages, 2 * pixels * rows * columns * 3
     stages = ceil(9 * ceil((p.c if step == "forward" else p.k) / 64) / splits)
     return 128 * (rows + columns), stages, 2 * 64 * rows * columns
+
+
+def _patch_stage(
+    step: str, p: Step, rows: int, columns: int, patch: int, tiles_n: int, splits: int
+) -> tuple[int, int, int]:
+    """The same where a stage is 64 channels: a patch of so many pixels, and the filters of nine taps unless they stay."""
+    channels = ceil((p.c if step == "forward" else p.k) / 64)
+    stay = columns == 64 and channels == 1 and tiles_n == 1
+    return 128 * (patch + (0 if stay else 9 * columns)), ceil(channels / splits), 9 * 2 * 64 * rows * columns
 
 
 def predict(explanation: Explanation, ceilings: Ceilings | None = None) -> list[Prediction]:

@@ -232,7 +232,8 @@ def decided(before: Tensor, pool: bool, dtype: torch.dtype) -> Tensor:
     within rounding of each other either may win. With no gradient there, gradients have errors of rounding only.
     """
     with torch.no_grad():
-        near_zero = 1e-4 * before.std()
+        # Who adds the bias to a convolution that is rounded already, as torch does on a GPU, has that rounding's error before ReLU.
+        near_zero = max(1e-4, 3 * torch.finfo(dtype).eps) * before.std()
         if not pool:
             return (before.abs() > near_zero).to(before.dtype)
         n, c, h, w = before.shape

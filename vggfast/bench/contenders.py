@@ -99,6 +99,15 @@ CONTENDERS = [
         devices=("cuda",),
     ),
     Contender(
+        "vggfast sm90patch",  # not the kernels' usual choice until a GPU has proven them
+        "patch",
+        f"{_TORCH}:build",
+        {"engine": "vggfast", "plan": "sm90patch"},
+        tasks=("forward", "grad_input"),
+        dtypes=("bf16",),
+        devices=("cuda",),
+    ),
+    Contender(
         "cudnn_convolution_relu", "cudnn", f"{_TORCH}:build", {"engine": "cudnn"}, tasks=("forward",), devices=("cuda",)
     ),
     Contender(

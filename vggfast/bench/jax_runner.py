@@ -74,13 +74,13 @@ def _build_layer(case: Case, layer: Layer, files: dict[str, str]) -> Runner:
     import jax
     import jax.numpy as jnp
 
+    dtype = {"fp32": jnp.float32, "bf16": jnp.bfloat16}[case.dtype]
+
     def forward(x: Any, weight: Any, bias: Any) -> Any:
         dimensions = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=dimensions) + bias
-        y = jax.nn.relu(y)
+        y = jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=dimensions)
+        y = jax.nn.relu(y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(dtype)  # XLA fuses these
         return jax.lax.reduce_window(y, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") if layer.pool else y
-
-    dtype = {"fp32": jnp.float32, "bf16": jnp.bfloat16}[case.dtype]
 
     def array(tensor: Tensor, *order: int) -> Any:
         return jnp.asarray(tensor.detach().permute(*order).float().cpu().numpy(), dtype)

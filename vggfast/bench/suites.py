@@ -55,9 +55,10 @@ def _with(case: Case, device: str, threads: int) -> Case:
 
 def _against(case: Case, full: bool, part: str) -> list[str] | None:
     """Networks other than VGG16 meet torch only: what VGG16 shows of the others holds for them. In the quick form inference alone
-    meets everybody, since the others take long to set up. Layers on a GPU meet torch.compile in a part of their own."""
+    meets everybody, since the others take long to set up. Layers on a GPU meet torch.compile in a part of their own, and
+    kernels that no GPU has proven where they are named."""
     if part == "layers" and case.device == "cuda":
-        return [family for family in families() if family not in ("compile", "autotune")]
+        return [family for family in families() if family not in ("compile", "autotune", "patch")]
     others = case.subject in CONFIGS and case.subject != "vgg16"
     if not full and case.task in LOSSES:
         return ["torch", "lpips"]

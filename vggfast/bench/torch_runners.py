@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vggfast import _C, ops
+from vggfast import _C, ops, switches
 from vggfast.bench import answers, cases, perceptual
 from vggfast.bench.cases import DTYPES, LOSSES, Case
 from vggfast.bench.contenders import Runner
@@ -26,23 +26,44 @@ def build(
     layout: str = "channels_last",
     mode: str | None = None,
     graph: bool = False,
+    plan: str | None = None,
 ) -> Runner:
-    """``engine``: vggfast, eager, compile or cudnn; ``layout``: a name of torch's memory formats; ``mode``: torch.compile's."""
+    """``engine``: vggfast, eager, compile or cudnn; ``layout``: a name of torch's memory formats; ``mode``: torch.compile's;
+    ``plan``: the CUDA kernels of vggfast's, where not those in use."""
     torch.set_num_threads(case.threads)
     torch.backends.cudnn.benchmark = True
-    if case.layer:
-        runner = _layer(case, files, engine, layout, mode)
-    else:
-        of_network = perceptual.build if case.task in LOSSES else _network
-        runner = of_network(case, files, engine, layout, mode, graph)
+    with _planned(plan):
+        if case.layer:
+            runner = _layer(case, files, engine, layout, mode)
+        else:
+            of_network = perceptual.build if case.task in LOSSES else _network
+            runner = of_network(case, files, engine, layout, mode, graph)
+        if case.layer and engine == "vggfast":
+            runner.kernel = describe_kernel(case)
+    if plan:
+        runner.run = partial(_run_planned, plan, runner.run)
     runner.buffers, runner.of_layer = case.buffers, case.layer is not None
-    if case.layer and engine == "vggfast":
-        runner.kernel = describe_kernel(case)
     if case.device == "cuda":
         runner.clock = "cuda"
         runner.setting += ", cudnn.benchmark"
     runner.version = torch.__version__
     return runner
+
+
+@contextmanager
+def _planned(plan: str | None) -> Iterator[None]:
+    """With the CUDA kernels of ``plan``, where one is named."""
+    before = switches.cuda_plan()
+    switches.set_cuda_plan(plan or before)
+    try:
+        yield
+    finally:
+        switches.set_cuda_plan(before)
+
+
+def _run_planned(plan: str, run: Callable[[int], Any], buffer: int) -> Any:
+    with _planned(plan):
+        return run(buffer)
 
 
 # ---- whole networks ------------------------------------------------------------------------------------------------
