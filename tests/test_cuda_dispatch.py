@@ -75,8 +75,8 @@ def test_patches_where_they_are_expected_to_be_faster() -> None:
     for step in ("forward", "grad_input"):
         decision = decide(step, large, hopper, "sm90patch", NO_TF32)
         assert decision.kernel.startswith("cuda sm90 wgmma_patch tile=m256n64 box=8x")
-        small = decide(step, LAYER._replace(n=64, h=4, w=4), hopper, "sm90patch", NO_TF32)
-        assert small.kernel.startswith("cuda sm90 wgmma tile=")  # three quarters of a patch of 8x8 would lie outside
+        small = decide(step, LAYER._replace(n=256, c=512, k=512, h=2, w=2), hopper, "sm90patch", NO_TF32)
+        assert small.kernel.startswith("cuda sm90 wgmma tile=")  # most of a patch of 8x8 would lie outside
     assert decide("grad_weight", large, hopper, "sm90patch", NO_TF32).kernel.startswith("cuda sm90 wgmma tile=")
     assert decide("forward", large, A100, "sm90patch", NO_TF32).kernel.startswith("cuda sm80 implicit_gemm")
     assert decide("max_pool", large, hopper, "sm90patch", NO_TF32).kernel == "cuda sm80 pointwise"
