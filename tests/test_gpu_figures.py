@@ -197,6 +197,19 @@ def test_predicted_beside_measured() -> None:
     assert "700 TFLOP/s and 4.00 TB/s, measured in the same run" in text
 
 
+def test_kernels_that_read_patches_are_predicted_beside_the_others() -> None:
+    groups = [
+        synthetic_group(Case(layer, "forward", 32, "bf16", "cuda"), {"vggfast": 3e-4, "vggfast sm90patch": 2e-4})
+        for layer in ("conv2_2", "conv3_2")
+    ]
+    groups[0]["contenders"][1]["kernel"] = KERNEL.replace("wgmma ", "wgmma_patch ")
+    rows = predicted.rows(synthetic_results(groups))
+    found = [(row.contender, row.layer) for row in rows]
+    assert found == [("vggfast", "conv2_2"), ("vggfast", "conv3_2"), ("vggfast sm90patch", "conv2_2")]
+    assert rows[2].measured_us == pytest.approx(200)
+    assert rows[2].predicted_us < rows[0].predicted_us
+
+
 def test_nothing_to_predict() -> None:
     data = synthetic_results([])
     with pytest.raises(BenchError, match="VGGFAST_CUDA_PLAN"):

@@ -53,7 +53,10 @@ def _layer(subject: str, batch: int, dtype: str, device: str) -> Outputs:
             mirrored = weight.flip(2, 3).transpose(0, 1)
             parts["grad of x"].append(_convolve(back, mirrored).permute(0, 3, 1, 2).float())
         for tap, shifted in enumerate(_taps(x)):
-            grad_weight[:, :, tap // 3, tap % 3] += back.flatten(0, 2).T @ shifted.flatten(0, 2)
+            images_sums = back.flatten(1, 2).transpose(1, 2) @ shifted.flatten(
+                1, 2
+            )  # by images: one long sum has one block
+            grad_weight[:, :, tap // 3, tap % 3] += images_sums.sum(0)
         grad_bias += back.sum((0, 1, 2))
     joined = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
     return joined | {"grad of weight": grad_weight.float(), "grad of bias": grad_bias.float()}

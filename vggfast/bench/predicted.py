@@ -12,6 +12,7 @@ from vggfast.bench.contenders import VGGFAST
 from vggfast.bench.results import Json, contender
 from vggfast.roofline import Ceilings, Prediction, Step, predict_step
 
+OURS = (VGGFAST.name, "vggfast sm90patch")
 CUDNN = ("torch channels_last", "cudnn_convolution_relu")
 
 
@@ -22,6 +23,7 @@ class Row:
     layer: str
     step: str
     batch: int
+    contender: str
     kernel: str
     predicted_us: float
     bound: str
@@ -53,15 +55,15 @@ def rows(data: Json) -> list[Row]:
     if "gpu" not in data["device"]:
         raise BenchError("expected results of a GPU, got a CPU's: the model is of CUDA kernels")
     ceilings = ceilings_of(data)
-    found = [row for group in data["groups"] if (row := _row(group, ceilings))]
+    found = [row for label in OURS for group in data["groups"] if (row := _row(group, label, ceilings))]
     if not found:
         raise BenchError("expected layers that ran on vggfast's kernels, got none: was VGGFAST_CUDA_PLAN set?")
     return found
 
 
-def _row(group: Json, ceilings: Ceilings) -> Row | None:
+def _row(group: Json, label: str, ceilings: Ceilings) -> Row | None:
     case = Case(**group["case"])
-    ours = contender(group, VGGFAST.name)
+    ours = contender(group, label)
     if (
         not case.layer
         or not ours
@@ -69,12 +71,15 @@ def _row(group: Json, ceilings: Ceilings) -> Row | None:
         or case.task == "forward+backward"
     ):
         return None
+    if label != VGGFAST.name and "wgmma_patch" not in ours["kernel"]:
+        return None  # the same kernel under another name
     p = _predict(case, ours["kernel"], ceilings)
     rivals = [c["seconds"]["median"] for label in CUDNN if (c := contender(group, label))]
     return Row(
         case.subject,
         case.task,
         case.batch,
+        label,
         ours["kernel"],
         p.us,
         p.bound,
@@ -96,10 +101,11 @@ def to_dict(found: list[Row], ceilings: Ceilings) -> dict[str, Any]:
 
 
 def table(found: list[Row], ceilings: Ceilings) -> str:
-    """The rows as text, with a total of each batch and step."""
+    """The rows as text, with a total of each contender, batch and step."""
     head = (
         "layer",
         "step",
+        "contender",
         "batch",
         "predicted us",
         "bound by",
@@ -109,12 +115,12 @@ def table(found: list[Row], ceilings: Ceilings) -> str:
         "cuDNN/vggfast",
     )
     lines: list[tuple[str, ...]] = [head]
-    for batch, step in dict.fromkeys((row.batch, row.step) for row in found):
-        chosen = [row for row in found if (row.batch, row.step) == (batch, step)]
-        lines += [_line(row.layer, row.bound, step, batch, [row]) for row in chosen]
-        lines.append(_line(f"all {len(chosen)}", "", step, batch, chosen))
+    for key in dict.fromkeys((row.contender, row.batch, row.step) for row in found):
+        chosen = [row for row in found if (row.contender, row.batch, row.step) == key]
+        lines += [_line(row.layer, row.bound, [row]) for row in chosen]
+        lines.append(_line(f"all {len(chosen)}", "", chosen))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(w) if i in (0, 1, 4) else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+    text = ["  ".join(cell.ljust(w) if i in (0, 1, 2, 5) else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
             for line in lines]  # fmt: skip
     used = (
         f"Ceilings: {ceilings.tflops:.0f} TFLOP/s and {ceilings.dram_tb:.2f} TB/s, measured in the same run; "
@@ -123,14 +129,15 @@ def table(found: list[Row], ceilings: Ceilings) -> str:
     return "\n".join([*map(str.rstrip, text), used])
 
 
-def _line(name: str, bound: str, step: str, batch: int, of: list[Row]) -> tuple[str, ...]:
+def _line(name: str, bound: str, of: list[Row]) -> tuple[str, ...]:
     predicted, measured = sum(row.predicted_us for row in of), sum(row.measured_us for row in of)
     cudnn = [row.cudnn_us for row in of if row.cudnn_us is not None]
     beside = (f"{sum(cudnn):.1f}", f"{sum(cudnn) / measured:.2f}") if len(cudnn) == len(of) else ("", "")
     return (
         name,
-        step,
-        str(batch),
+        of[0].step,
+        of[0].contender,
+        str(of[0].batch),
         f"{predicted:.1f}",
         bound,
         f"{measured:.1f}",
