@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from vggfast.bench import BenchError, answers, cases, machine, measure, predicted, results, suites, tables
+from vggfast.bench import BenchError, answers, cases, machine, measure, predicted, report, results, suites, tables
 from vggfast.bench.cases import Case
 from vggfast.bench.layers import Layer
 from vggfast.bench.measure import Effort, Group, Lab
@@ -207,7 +207,7 @@ def test_kernels_that_read_patches_are_predicted_beside_the_others() -> None:
     found = [(row.contender, row.layer) for row in rows]
     assert found == [("vggfast", "conv2_2"), ("vggfast", "conv3_2"), ("vggfast sm90patch", "conv2_2")]
     assert rows[2].measured_us == pytest.approx(200)
-    assert rows[2].predicted_us < rows[0].predicted_us
+    assert rows[2].predicted_us <= rows[0].predicted_us
 
 
 def test_nothing_to_predict() -> None:
@@ -234,6 +234,18 @@ def test_the_script_writes_data(
     written = (tmp_path / "predicted" / "layers.json").read_text()
     assert written.count('"predicted_us"') == 4
     assert len(results.load_folder(tmp_path)["groups"]) == 4  # the predictions are no results
+
+
+def test_readmes_rows_of_a_gpu() -> None:
+    """Layers summed up beside the faster of cuDNN's two forms; vggfast's other kernels are no rival that it loses to."""
+    times = {"vggfast": 2e-4, "vggfast sm90patch": 1e-4, "torch channels_last": 5e-4, "cudnn_convolution_relu": 3e-4}
+    layers = [Case(layer.name, "forward", 32, "bf16", "cuda") for layer in cases.VGG16_LAYERS]
+    data = synthetic_results([synthetic_group(case, times) for case in layers])
+    found = [comparison for row in report.rows(data) if (comparison := report.compare(data, row))]
+    assert [c.row.what for c in found] == ["the 13 convolutions, bfloat16, batch 32"]
+    assert (found[0].rival, found[0].ratio.median) == ("cudnn_convolution_relu", pytest.approx(1.5))
+    assert found[0].ours == pytest.approx(13 * 2e-4)
+    assert report.losses(data) == []
 
 
 def test_tables_keep_the_parts_apart() -> None:
