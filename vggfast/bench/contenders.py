@@ -113,7 +113,9 @@ CONTENDERS = [
     Contender(
         "lpips package", "lpips", "vggfast.bench.perceptual:build_package", packages=("lpips",), tasks=("lpips",)
     ),
-    Contender("jax", "jax", f"{_JAX}:build", packages=("jax",), tasks=("inference", "training", "layer"), devices=("cuda",)),
+    Contender(
+        "jax", "jax", f"{_JAX}:build", packages=("jax",), tasks=("inference", "training", "layer"), devices=("cuda",)
+    ),
     Contender(
         "onnxruntime",
         "onnxruntime",
