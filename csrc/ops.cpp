@@ -56,7 +56,8 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("c_out"), pybind11::arg("h"), pybind11::arg("w"), pybind11::arg("pool"), pybind11::arg("dtype"),
         pybind11::arg("sm_count"), pybind11::arg("compute_capability"), pybind11::arg("kernels") = "sm80",
         "The plan of 'forward', 'grad_input', 'grad_weight' or 'max_pool' for a GPU, in words; 'aten: why' if no kernel takes it.");
-  m.def("set_cuda_kernels", &vggfast::cuda::set_kernels, pybind11::arg("name"), "Allow the CUDA kernels up to 'sm80' or 'sm90'.");
+  m.def("set_cuda_kernels", &vggfast::cuda::set_kernels, pybind11::arg("name"),
+        "Allow the CUDA kernels up to 'sm80', 'sm90' or 'sm90patch'.");
   m.def("cuda_obstacle", &vggfast::cuda::device_obstacle, pybind11::arg("device_index"),
         "Why no kernel of this build runs on the GPU; empty if they do.");
 #endif

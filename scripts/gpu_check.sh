@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in under nine minutes: builds in place, then, for each set of kernels that the GPU runs (sm80, and
-# on Hopper sm90), runs the tests on the device and compute-sanitizer over every kernel; last the benchmarks, with the last set.
+# Everything that only a GPU can show, in under nine minutes: builds in place, calls every kernel of each set that the GPU runs (sm80, and
+# on Hopper sm90 and sm90patch) once, then measures with sm90 (or what ran of it and sm80; sm90patch stands beside it layer by layer):
+# layers beside cuDNN, networks, memory, predicted against measured. With what time is left it runs the tests on the device and compute-sanitizer over every kernel; the steps that found no time
+# are a second run's: scripts/gpu_check.sh --only 'build|kernel|errors|layouts|numbers|runtime|check$' OUT_DIR
 # Needs no network: Python with torch's CUDA build, nvcc and pytest must be there.
 #
 #     scripts/gpu_check.sh [--dry] [--only REGEX] OUT_DIR
 #
-# --dry prints the steps and their commands, --only runs the steps whose names match. OUT_DIR gets one log a step, results.json
-# (name, outcome, seconds and last line of every step), environment.json and benchmark.json. No failure stops the rest; the exit
-# status is 0 only if every step passed whose tool is there. PYTHON names the interpreter, CHECK_SECONDS the time for everything (520).
+# --dry prints the steps with the seconds that they are expected to take (estimates: no GPU was there to time them) and may take, and
+# their commands; --only runs the steps whose names match. OUT_DIR gets one log a step, results.json (name, outcome, seconds and last
+# line of every step), environment.json, and the figures under results/<device>, written group by group: what benchmarks/results/<device>
+# holds. No failure stops the rest; the exit status is 0 only if every step passed whose tool is there. PYTHON names the interpreter,
+# CHECK_SECONDS the time for everything (520).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -43,13 +47,13 @@ json.dump([dict(zip(keys, row)) | {"seconds": int(row[2])} for row in rows], ope
 ' "$out/results.json"
 }
 
-# step NAME SECONDS {any|gpu} COMMAND...: with "gpu" only where there is one.
+# step NAME EXPECTED LIMIT {any|gpu} COMMAND...: in seconds; with "gpu" only where there is one.
 step() {
-  local name=$1 limit=$2 needs=$3 start=$SECONDS outcome detail
-  shift 3
+  local name=$1 expected=$2 limit=$3 needs=$4 start=$SECONDS outcome detail
+  shift 4
   [[ $name =~ $only ]] || return 0
   if [[ $dry ]]; then
-    printf '%-22s %4ss  %-3s  %s\n' "$name" "$limit" "$needs" "$*"
+    printf '%-22s %4ss %4ss  %-3s  %s\n' "$name" "$expected" "$limit" "$needs" "$*"
     return 0
   fi
   printf '\n==== %s (%ss so far)\n' "$name" "$SECONDS"
@@ -138,23 +142,46 @@ export out python
 gpu="found 9.0"
 [[ $dry ]] || gpu=$(find_gpu | tail -n 1)
 plans=(sm80) # the kernels that this GPU runs
-[[ $gpu == "found 9.0" ]] && plans+=(sm90)
+[[ $gpu == "found 9.0" ]] && plans+=(sm90 sm90patch)
 
 tests=("$python" -m pytest -q -p no:cacheprovider --no-header -o faulthandler_timeout=60)
-step environment 30 any bash -c environment
-step build 200 any bash -c build
-step info 30 gpu bash -c '"$python" -m vggfast info --json && "$python" -m vggfast explain vgg16 --device cuda --dtype bf16 --train'
+record=("$python" benchmarks/record.py --device cuda --quick-rounds --output "$out/results")
+steps=" (forward|grad_input|grad_weight) bf16 batch"
+step environment 8 30 any bash -c environment
+step build 75 200 any bash -c build
+step info 5 30 gpu bash -c '"$python" -m vggfast info --json && "$python" -m vggfast explain vgg16 --device cuda --dtype bf16 --train'
+rivals=torch,cudnn,jax
+measured=aten # the last set of kernels that all ran, or was not asked to
 for plan in "${plans[@]}"; do
   export VGGFAST_CUDA_PLAN=$plan
-  step "$plan-every-kernel" 40 gpu "$python" scripts/gpu_kernels.py
-  step "$plan-errors" 60 gpu "${tests[@]}" tests/test_cuda.py -k "errors and not cpu"
-  step "$plan-layouts" 40 gpu "${tests[@]}" tests/test_cuda.py -k "layout and not cpu"
-  step "$plan-numbers" 40 gpu "${tests[@]}" tests/test_cuda.py -k "not errors and not layout and not cpu"
-  step "$plan-runtime" 90 gpu "${tests[@]}" tests/test_cuda_runtime.py -k "not cpu"
-  step "$plan-memcheck" 45 gpu bash -c "sanitizer memcheck"
-  step "$plan-racecheck" 45 gpu bash -c "sanitizer racecheck"
+  step "$plan-every-kernel" 10 40 gpu "$python" scripts/gpu_kernels.py
+  [[ " ${names[*]}" == *" $plan-every-kernel" && ${outcomes[-1]} != passed ]] && continue
+  [[ $plan == sm90patch ]] && rivals+=,patch || measured=$plan
 done
-step benchmarks 240 gpu "$python" -m pytest benchmarks --benchmark-only -q --benchmark-json="$out/benchmark.json"
+export VGGFAST_CUDA_PLAN=$measured
+# What is worth most comes first: a run that is cut off has that.
+step layers-batch256 45 80 gpu "${record[@]}" --part layers --only "$steps 256" --against "$rivals" --seconds 70
+step predicted-batch256 5 15 gpu bash -c '"$python" benchmarks/predicted.py "$out"/results/*/'
+step inference-batch256 45 75 gpu "${record[@]}" --part inference --only "vgg16 .* bf16 batch 256" --against torch,compile,cudagraph,jax
+step layers-batch1 35 60 gpu "${record[@]}" --part layers --only "$steps 1$" --against "$rivals" --seconds 50
+step inference-batch1 45 75 gpu "${record[@]}" --part inference --only "vgg16 .* bf16 batch 1$" --against torch,compile,cudagraph,jax
+step training-batch256 55 90 gpu "${record[@]}" --part training --only "vgg16 .* batch 256" --against torch,compile,cudagraph,jax
+step layers-batch32 35 60 gpu "${record[@]}" --part layers --only "$steps 32" --against "$rivals" --seconds 50
+step memory 25 60 gpu "${record[@]}" --part memory --only "training .* batch 256" --against torch
+step inference-batch32 25 45 gpu "${record[@]}" --part inference --only "vgg16 .* bf16 batch 32" --against torch,cudagraph,jax
+step training-batch32 25 45 gpu "${record[@]}" --part training --only "vgg16 .* batch 32" --against torch,cudagraph,jax
+step predicted 5 15 gpu bash -c '"$python" benchmarks/predicted.py "$out"/results/*/'
+step compiled 45 200 gpu "${record[@]}" --part compiled --seconds 60
+for ((i = ${#plans[@]} - 1; i >= 0; --i)); do
+  plan=${plans[i]}
+  export VGGFAST_CUDA_PLAN=$plan
+  step "$plan-errors" 30 60 gpu "${tests[@]}" tests/test_cuda.py -k "errors and not cpu"
+  step "$plan-numbers" 20 40 gpu "${tests[@]}" tests/test_cuda.py -k "not errors and not layout and not cpu"
+  step "$plan-layouts" 20 40 gpu "${tests[@]}" tests/test_cuda.py -k "layout and not cpu"
+  step "$plan-runtime" 40 90 gpu "${tests[@]}" tests/test_cuda_runtime.py -k "not cpu"
+  step "$plan-memcheck" 30 45 gpu bash -c "sanitizer memcheck"
+  step "$plan-racecheck" 30 45 gpu bash -c "sanitizer racecheck"
+done
 [[ $dry ]] && exit 0
 
 printf '\n%-18s %-12s %7s  %s\n' step outcome seconds "last line"

@@ -2,8 +2,8 @@
 
     VGGFAST_CUDA_PLAN=sm80 compute-sanitizer --tool memcheck python scripts/gpu_kernels.py
 
-Nothing but fills and copies of torch's own runs beside them. With VGGFAST_CUDA_PLAN=sm90 it calls Hopper's kernels, with anything
-else those for compute capability 8.0. Prints the plans; fails if an instantiation was not reached, or a result is not finite.
+Nothing but fills and copies of torch's own runs beside them. With VGGFAST_CUDA_PLAN=sm90 it calls Hopper's kernels, with sm90patch
+those of Hopper's that read patches, with anything else those for compute capability 8.0. Prints the plans; fails if an instantiation was not reached, or a result is not finite.
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ SM90_TILES = {
     **dict.fromkeys(("forward", "grad_input"), ("m256n64", "m256n128", "m128n256", "m128n128")),
     "grad_weight": ("m128n128", "m128n64", "m64n64"),
 }
+PATCH_TILES = ("m256n64", "m256n128", "m128n128")
 CHANNELS = ((3, 72), (40, 72), (16, 64), (64, 16), (72, 128), (128, 72), (64, 64), (72, 264), (72, 256), (256, 72))
 BATCHES = (2, 3, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def expected_kernels(plan: str) -> set[str]:
     """Every instantiation that `plan` can reach, as "dtype step tile"."""
+    if plan == "sm90patch":
+        return {
+            f"{d} {step} patch {tile}" for d in DTYPES[:2] for step in ("forward", "grad_input") for tile in PATCH_TILES
+        }
     if plan == "sm90":
         found = {f"{d} {step} {tile}" for d in DTYPES[:2] for step, tiles in SM90_TILES.items() for tile in tiles}
         return found | {f"{d} finish_splits" for d in DTYPES[:2]}
@@ -49,11 +54,11 @@ def planned_kernels(p: Problem, gpu: Gpu, plan: str) -> set[str]:
         words, _ = cuda_plan.planned(step, p, gpu, plan)
         kernel, *rest = words.split()
         tile = re.search(r"tile=(\w+)", words)
-        named = kernel in ("implicit_gemm", "wgmma")
-        found.add(f"{p.dtype} {step} {tile[1]}" if named and tile else f"{p.dtype} {kernel}")
+        named = {"implicit_gemm": step, "wgmma": step, "wgmma_patch": f"{step} patch"}.get(kernel)
+        found.add(f"{p.dtype} {named} {tile[1]}" if named and tile else f"{p.dtype} {kernel}")
         if kernel == "implicit_gemm" and step == "grad_input" and tile:
             found.add(f"{p.dtype} unmasked grad_input {tile[1]}")
-        if kernel == "wgmma" and step != "grad_weight" and "splits=1" not in rest:
+        if kernel.startswith("wgmma") and step != "grad_weight" and "splits=1" not in rest:
             found.add(f"{p.dtype} finish_splits")
     return found
 
@@ -91,8 +96,8 @@ def run(p: Problem, device: str = "cuda") -> None:
 
 def main() -> int:
     gpu = cuda_plan.gpu_of(0)
-    plan = "sm90" if switches.cuda_plan() == "sm90" else "sm80"
-    if gpu.obstacle or gpu.capability < 80 or (plan == "sm90" and gpu.capability != 90):
+    plan = switches.cuda_plan() if switches.cuda_plan() != "aten" else "sm80"
+    if gpu.obstacle or gpu.capability < 80 or (plan != "sm80" and gpu.capability != 90):
         print(f"no GPU that runs the kernels of {plan}: {gpu.obstacle or gpu}")
         return 1
     switches.set_cuda_plan(plan)

@@ -141,7 +141,14 @@ def test_rivals_by_case():
     assert "ncnn" not in names(Case("vgg16", "inference", 8))
     assert names(Case("vgg16", "training", 8, "bf16")) == ["torch channels_last", "torch.compile"]
     assert names(Case("conv3_2", "grad_input", 1)) == ["torch channels_last", "torch NCHW"]
-    assert names(Case("conv3_2", "forward", 32, "bf16", "cuda")) == ["torch channels_last", "cudnn_convolution_relu"]
+    assert names(Case("conv3_2", "forward", 32, "bf16", "cuda")) == [
+        "torch channels_last",
+        "torch.compile max-autotune",
+        "vggfast sm90patch",
+        "cudnn_convolution_relu",
+        "jax",
+    ]
+    assert "vggfast sm90patch" not in names(Case("conv3_2", "grad_weight", 32, "bf16", "cuda"))
     gpu = Case("vgg16", "inference", 32, "bf16", "cuda")
     assert {"torch.compile max-autotune", "torch CUDA graph", "jax"} <= set(names(gpu))
     assert names(Case("vgg16", "inference", 1), ["openvino", "ncnn"]) == ["openvino", "ncnn"]
@@ -165,7 +172,7 @@ def test_every_part_has_groups_with_names_of_their_own(device, full):
     names = [group.id for part in suites.PARTS for group in suites.groups(part, device, 2, full)]
     assert len(names) == len(set(names))
     for part in suites.PARTS:
-        assert suites.groups(part, device, 2, full)
+        assert suites.groups(part, device, 2, full) or part == "compiled"
         assert suites.QUICK[part].seconds <= suites.FULL[part].seconds
 
 

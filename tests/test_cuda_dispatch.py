@@ -69,6 +69,19 @@ def test_hopper_kernels_where_they_fit_and_the_others_elsewhere() -> None:
     assert decide("forward", LAYER._replace(k=60), hopper, "sm90", NO_TF32).kernel == "aten"
 
 
+@needs_cuda_build
+def test_patches_where_they_are_expected_to_be_faster() -> None:
+    hopper, large = Gpu(90, 132), LAYER._replace(n=64, c=64, k=64, h=224, w=224)
+    for step in ("forward", "grad_input"):
+        decision = decide(step, large, hopper, "sm90patch", NO_TF32)
+        assert decision.kernel.startswith("cuda sm90 wgmma_patch tile=m256n64 box=8x")
+        small = decide(step, LAYER._replace(n=256, c=512, k=512, h=2, w=2), hopper, "sm90patch", NO_TF32)
+        assert small.kernel.startswith("cuda sm90 wgmma tile=")  # most of a patch of 8x8 would lie outside
+    assert decide("grad_weight", large, hopper, "sm90patch", NO_TF32).kernel.startswith("cuda sm90 wgmma tile=")
+    assert decide("forward", large, A100, "sm90patch", NO_TF32).kernel.startswith("cuda sm80 implicit_gemm")
+    assert decide("max_pool", large, hopper, "sm90patch", NO_TF32).kernel == "cuda sm80 pointwise"
+
+
 REFUSED: dict[str, tuple[str, Problem, Gpu, str]] = {
     "old GPU": ("forward", LAYER, TURING, "compute capability 8.0"),
     "driver": ("forward", LAYER, Gpu(90, 132, "the NVIDIA driver is for CUDA 12"), "driver is for CUDA 12"),
@@ -177,7 +190,7 @@ def test_switches() -> None:
     switches.set_cpu_isa("baseline")
     assert switches.cpu_isa() == _C.cpu_isa() == "baseline"
     assert "baseline" in switches.cpu_isas()
-    with pytest.raises(ValueError, match="VGGFAST_CUDA_PLAN: expected aten, sm80 or sm90, got 'fast'"):
+    with pytest.raises(ValueError, match="VGGFAST_CUDA_PLAN: expected aten, sm80, sm90 or sm90patch, got 'fast'"):
         switches.set_cuda_plan("fast")
     with pytest.raises(ValueError, match="VGGFAST_CONV_ALGO: expected"):
         switches.set_conv_algo("fast")
@@ -186,7 +199,7 @@ def test_switches() -> None:
     assert switches.cuda_plan() == "sm80"
 
 
-@pytest.mark.parametrize(("value", "plan"), [("", "aten"), ("sm80", "sm80"), ("sm90", "sm90")])
+@pytest.mark.parametrize(("value", "plan"), [("", "aten"), ("sm80", "sm80"), ("sm90patch", "sm90patch")])
 def test_the_environment_sets_the_plan(value: str, plan: str) -> None:
     command = [sys.executable, "-m", "vggfast", "info", "--json"]
     environment = os.environ | {"VGGFAST_CUDA_PLAN": value}
@@ -201,7 +214,7 @@ def test_a_wrong_plan_in_the_environment_is_a_message() -> None:
     environment = os.environ | {"VGGFAST_CUDA_PLAN": "fast"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "error: VGGFAST_CUDA_PLAN: expected aten, sm80 or sm90, got 'fast'\n"
+    assert done.stderr == "error: VGGFAST_CUDA_PLAN: expected aten, sm80, sm90 or sm90patch, got 'fast'\n"
 
 
 # ---- what is known of a device ---------------------------------------------------------------------------------------

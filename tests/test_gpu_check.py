@@ -15,14 +15,29 @@ import pytest
 import torch
 
 from vggfast import _C
+from vggfast.bench import suites
+from vggfast.bench.layers import VGG16_LAYERS
 from vggfast.cuda_plan import Gpu
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-PER_PLAN = ("every-kernel", "errors", "layouts", "numbers", "runtime", "memcheck", "racecheck")
+FIGURES = [
+    *(
+        "layers-batch256",
+        "predicted-batch256",
+        "inference-batch256",
+        "layers-batch1",
+        "inference-batch1",
+        "training-batch256",
+    ),
+    *("layers-batch32", "memory", "inference-batch32", "training-batch32", "predicted", "compiled"),
+]
+PROOFS = ("errors", "numbers", "layouts", "runtime", "memcheck", "racecheck")
+PLANS = ("sm80", "sm90", "sm90patch")
 STEPS = [
     *("environment", "build", "info"),
-    *(f"{plan}-{step}" for plan in ("sm80", "sm90") for step in PER_PLAN),
-    "benchmarks",
+    *(f"{plan}-every-kernel" for plan in PLANS),
+    *FIGURES,
+    *(f"{plan}-{step}" for plan in reversed(PLANS) for step in PROOFS),
 ]
 needs_cuda_build = pytest.mark.skipif(not _C.build_info()["cuda"], reason="built without CUDA kernels: no plans to ask")
 
@@ -38,6 +53,32 @@ def test_dry_run_names_every_step(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == STEPS
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_figures_fit_in_nine_minutes(tmp_path: Path) -> None:
+    """By what the steps are expected to take; a step's own limit stops it long before it takes the time of all others."""
+    lines = [line.split() for line in gpu_check("--dry", tmp_path).stdout.splitlines()]
+    expected, limits = ({line[0]: int(line[i].removesuffix("s")) for line in lines} for i in (1, 2))
+    assert sum(expected[step] for step in STEPS[: STEPS.index(FIGURES[-1]) + 1]) <= 520
+    assert all(expected[step] < limits[step] <= 200 for step in STEPS)
+
+
+def test_what_the_figures_measure(tmp_path: Path) -> None:
+    """Every batch of layers, networks and memory that the benchmarks have for a GPU is some step's, and the layers' three tasks."""
+    found: set[str] = set()
+    for line in gpu_check("--dry", tmp_path).stdout.splitlines():
+        if "record.py" not in line:
+            continue
+        part = re.search(r"--part (\w+)", line)[1]
+        only = re.search(r"--only (.*?)(?: --| *$)", line)
+        names = [group.id for group in suites.groups(part, "cuda", 2, True)]
+        found |= {name for name in names if re.search(only[1] if only else "", name)}
+    layers = [f"{layer.name} {task} bf16 batch {batch}" for layer in VGG16_LAYERS for batch in (1, 32, 256)
+              for task in ("forward", "grad_input", "grad_weight") if task != "grad_input" or layer.c_in != 3]  # fmt: skip
+    networks = [f"vgg16 inference bf16 batch {batch}" for batch in (1, 32, 256)]
+    networks += [f"vgg16 training bf16 batch {batch}" for batch in (32, 256)]
+    wanted = {*layers, *networks, "memory: vgg16 training bf16 batch 256", *(f"compiled: {name}" for name in layers)}
+    assert found >= wanted
 
 
 def test_without_a_gpu_every_step_says_so(tmp_path: Path) -> None:
@@ -92,7 +133,9 @@ GPUS = [(Gpu(*numbers), "sm80") for numbers in ((80, 108), (86, 84), (89, 142), 
 
 
 @needs_cuda_build
-@pytest.mark.parametrize(("gpu", "plan"), [*GPUS, (Gpu(90, 132), "sm90"), (Gpu(90, 114), "sm90")])
+@pytest.mark.parametrize(
+    ("gpu", "plan"), [*GPUS, *((Gpu(90, sms), plan) for sms in (132, 114) for plan in ("sm90", "sm90patch"))]
+)
 def test_every_kernel_is_called(gpu_kernels: ModuleType, gpu: Gpu, plan: str) -> None:
     problems = list(gpu_kernels.problems(gpu, plan))
     reached = set().union(*(gpu_kernels.planned_kernels(p, gpu, plan) for p in problems))

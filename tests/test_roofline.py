@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -29,6 +31,19 @@ def test_operations_bytes_and_times_of_one_layer() -> None:
     assert p.dram_us == pytest.approx(p.dram / 4e6)
     assert p.us == max(p.tensor_us, p.dram_us, p.l2_us)
     assert p.bound == "tensor cores"
+
+
+def test_a_patch_is_fetched_once_for_nine_taps() -> None:
+    ceilings = Ceilings(tflops=1000, dram_tb=4, l2_bytes=50, ghz=2, sms=132)
+    kernel = KERNEL.replace("wgmma ", "wgmma_patch ")
+    (p,) = predict(Explanation((dataclasses.replace(ROW, kernel=kernel),)), ceilings)
+    patch, filters = 10 * (16 + 2) * 2, 9 * 128
+    assert p.l2_us == pytest.approx(12 * 2 * (patch + filters) * 128 / 50 / 2e3)  # twelve tiles of 2 x 64 channels
+    assert p.tensor_us == pytest.approx(12 * 18 * (2 * 256 * 128 * 64) / (1000e6 / 132))
+    stays = kernel.replace("m256n128", "m256n64")
+    row = dataclasses.replace(ROW, kernel=stays, input=(32, 64, 112, 112), output=(32, 64, 56, 56))
+    (p,) = predict(Explanation((row,)), ceilings)
+    assert p.l2_us == pytest.approx(12 * patch * 128 / 50 / 2e3)
 
 
 def test_no_plan_no_tiles() -> None:

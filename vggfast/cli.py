@@ -140,7 +140,7 @@ def explain(
     x = torch.zeros(batch, in_channels, size, size, device=place, dtype=DTYPES[dtype]).to(memory_format=layout)
     if roofline:
         gpu = gpu or "9.0,132"
-        switches.set_cuda_plan("sm90")
+        switches.set_cuda_plan("sm90patch" if switches.cuda_plan() == "sm90patch" else "sm90")
     try:
         explanation = vggfast.explain(network, x, gpu=gpu)
     except ValueError as error:  # gpu is not of its form

@@ -98,7 +98,7 @@ def explain(model: nn.Module, *inputs: Any, gpu: str | None = None) -> Explanati
     `FusedSequential` turn out to be called one by one, to find those.
 
     `gpu`, as in "8.0,108", asks for the kernels of a GPU of that compute capability and number of SMs, with
-    VGGFAST_CUDA_PLAN=sm80, or sm90 where that is set; the model still runs where it is, and no GPU is needed. In training mode the kernels of both
+    VGGFAST_CUDA_PLAN=sm80, or what else of Hopper's is set; the model still runs where it is, and no GPU is needed. In training mode the kernels of both
     gradients follow each convolution on a GPU.
 
     Raises ValueError where `gpu` is not of that form, or this build has no CUDA kernels; TypeError where `model` is not an `nn.Module`, or is a TorchScript one, whose layers cannot be watched; and

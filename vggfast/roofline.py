@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from vggfast.explanation import Explanation, Row
+from vggfast.explanation import Explanation
 
-__all__ = ["Ceilings", "Prediction", "predict", "table"]
+__all__ = ["Ceilings", "Prediction", "Step", "predict", "predict_step", "table"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """A 3x3 convolution of ``[n, c, h, w]`` to k channels, pooled or not, in elements of so many bytes."""
 
     n: int
@@ -84,21 +84,28 @@ class _Step:
         return image + weight + output + outputs * self.bytes + 2 * workspace  # the gradient and y
 
 
-_PLAN = re.compile(r"wgmma tile=m(\d+)n(\d+) box=\S+ tiles=(\d+)x(\d+) splits=(\d+) blocks=(\d+) workspace=(\d+)")
+_PLAN = re.compile(
+    r"wgmma(_patch)? tile=m(\d+)n(\d+) box=(\d+)x(\d+)x(\d+) tiles=(\d+)x(\d+) splits=(\d+) blocks=(\d+) workspace=(\d+)"
+)
 
 
-def _predict(row: Row, step: str, p: _Step, ceilings: Ceilings) -> Prediction:
-    plan = _PLAN.search(row.kernel)
+def predict_step(name: str, kernel: str, step: str, p: Step, ceilings: Ceilings) -> Prediction:
+    """Of "forward", "grad_input" or "grad_weight" on the `kernel` that `explain` names, with its plan."""
+    plan = _PLAN.search(kernel)
     tensor = p.flop / (ceilings.tflops * 1e6)
     l2, workspace = 0.0, 0
     if plan is not None:
-        rows, columns, tiles_m, tiles_n, splits, blocks, workspace = map(int, plan.groups())
-        stage_bytes, stages, stage_flop = _stage(step, p, rows, columns, tiles_m * tiles_n, splits, blocks)
+        rows, columns, _, box_h, box_n, tiles_m, tiles_n, splits, blocks, workspace = map(int, plan.groups()[1:])
+        if plan[1]:
+            lines = (box_h + 2) * box_n
+            stage_bytes, stages, stage_flop = _patch_stage(step, p, rows, columns, 10 * lines, tiles_n, splits)
+        else:
+            stage_bytes, stages, stage_flop = _stage(step, p, rows, columns, tiles_m * tiles_n, splits, blocks)
         busiest = stages * ceil(_items(step, tiles_m * tiles_n, splits, blocks) / ceilings.sms)
         tensor = busiest * stage_flop / (ceilings.tflops * 1e6 / ceilings.sms)
         l2 = busiest * stage_bytes / (ceilings.l2_bytes * ceilings.ghz * 1e3)
     dram = p.dram(step, workspace)
-    return Prediction(row.name, step, p.flop, dram, tensor, dram / (ceilings.dram_tb * 1e6), l2)
+    return Prediction(name, step, p.flop, dram, tensor, dram / (ceilings.dram_tb * 1e6), l2)
 
 
 def _items(step: str, tiles: int, splits: int, blocks: int) -> int:
@@ -106,7 +113,7 @@ def _items(step: str, tiles: int, splits: int, blocks: int) -> int:
     return blocks if step == "grad_weight" else tiles * splits
 
 
-def _stage(step: str, p: _Step, rows: int, columns: int, tiles: int, splits: int, blocks: int) -> tuple[int, int, int]:
+def _stage(step: str, p: Step, rows: int, columns: int, tiles: int, splits: int, blocks: int) -> tuple[int, int, int]:
     """Bytes that a stage fetches, stages of a piece of work, operations of a stage."""
     if step == "grad_weight":
         pixels = 64
@@ -114,6 +121,15 @@ def _stage(step: str, p: _Step, rows: int, columns: int, tiles: int, splits: int
         return 2 * pixels * (rows + 3 * columns), stages, 2 * pixels * rows * columns * 3
     stages = ceil(9 * ceil((p.c if step == "forward" else p.k) / 64) / splits)
     return 128 * (rows + columns), stages, 2 * 64 * rows * columns
+
+
+def _patch_stage(
+    step: str, p: Step, rows: int, columns: int, patch: int, tiles_n: int, splits: int
+) -> tuple[int, int, int]:
+    """The same where a stage is 64 channels: a patch of so many pixels, and the filters of nine taps unless they stay."""
+    channels = ceil((p.c if step == "forward" else p.k) / 64)
+    stay = columns == 64 and channels == 1 and tiles_n == 1
+    return 128 * (patch + (0 if stay else 9 * columns)), ceil(channels / splits), 9 * 2 * 64 * rows * columns
 
 
 def predict(explanation: Explanation, ceilings: Ceilings | None = None) -> list[Prediction]:
@@ -128,8 +144,8 @@ def _predictions(explanation: Explanation, ceilings: Ceilings) -> Iterator[Predi
             continue
         x, y = (row.output, row.input) if backward else (row.input, row.output)
         size = 4 if row.dtype == "float32" else 2
-        problem = _Step(x[0], x[1], y[1], x[2], x[3], x[2] != y[2], size)
-        yield _predict(row, row.layers if backward else "forward", problem, ceilings)
+        problem = Step(x[0], x[1], y[1], x[2], x[3], x[2] != y[2], size)
+        yield predict_step(row.name, row.kernel, row.layers if backward else "forward", problem, ceilings)
 
 
 def table(predictions: list[Prediction], ceilings: Ceilings) -> str:

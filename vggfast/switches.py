@@ -4,7 +4,7 @@
 |---|---|---|
 | `cpu_isa` | `VGGFAST_CPU_ISA` | `auto` (the widest this CPU runs) or one of `cpu_isas()` |
 | `conv_algo` | `VGGFAST_CONV_ALGO` | `auto`, `winograd`, `direct`: the algorithm on a CPU |
-| `cuda_plan` | `VGGFAST_CUDA_PLAN` | `aten` (the default), `sm80`, `sm90`: the kernels on CUDA devices |
+| `cuda_plan` | `VGGFAST_CUDA_PLAN` | `aten` (the default), `sm80`, `sm90`, `sm90patch`: the kernels on CUDA devices |
 
 Each holds for the whole process, from the next call of an op on. Setters raise ValueError for a value that is none of these, getters
 for such a value in the environment.
@@ -25,19 +25,20 @@ __all__ = [
     "set_cuda_plan",
 ]
 
-CUDA_PLANS = ("aten", "sm80", "sm90")
+CUDA_PLANS = ("aten", "sm80", "sm90", "sm90patch")
 _cuda_plan = os.environ.get("VGGFAST_CUDA_PLAN") or "aten"
 
 
 def cuda_plan() -> str:
     """Which kernels calls on CUDA devices take: "aten" for torch's own, "sm80" for this library's wherever one fits, "sm90" for
-    those of Hopper (TMA and wgmma) where they fit and "sm80" elsewhere.
+    those of Hopper (TMA and wgmma) where they fit and "sm80" elsewhere, "sm90patch" also for Hopper's that read all nine taps from
+    one patch of pixels, where they are expected to be faster than "sm90"'s.
     """
     return _checked_cuda_plan(_cuda_plan)
 
 
 def set_cuda_plan(name: str) -> None:
-    """Use "aten", "sm80" or "sm90" on CUDA devices. No GPU has proven the kernels yet, which is why "aten" is the default."""
+    """Use "aten", "sm80", "sm90" or "sm90patch" on CUDA devices. No GPU has proven the kernels yet, which is why "aten" is the default."""
     global _cuda_plan
     _cuda_plan = _checked_cuda_plan(name)
     if name != "aten" and hasattr(_C, "set_cuda_kernels"):

@@ -8,7 +8,7 @@
 
 #include "checks.h"
 #include "cuda/launch.cuh"
-#include "cuda/plan_sm90.h"
+#include "cuda/plan_patch.h"
 #include "cuda/settings.h"
 #include "cuda/sm80/launch.h"
 #include "cuda/sm90/launch.h"
@@ -103,18 +103,25 @@ MaybeTensor dense_vector(const MaybeTensor& t) {
   return torch::stable::contiguous(*t);
 }
 
-bool named_sm90(const char* kernels) {
-  return kernels != nullptr && std::string(kernels) == "sm90";
+using Chooser = Plan (*)(Pass, const Problem&, const Device&);
+
+// Who plans with the kernels up to those of this name; null for another name.
+Chooser chooser(const std::string& kernels) {
+  return kernels == "sm80"        ? choose_plan
+         : kernels == "sm90"      ? choose_plan_up_to_sm90
+         : kernels == "sm90patch" ? choose_plan_up_to_patch
+                                  : nullptr;
 }
 
-// Whether the sm_90 kernels may be chosen.
-std::atomic<bool>& sm90_allowed() {
-  static std::atomic<bool> allowed = named_sm90(std::getenv("VGGFAST_CUDA_PLAN"));
-  return allowed;
+// The one in use.
+std::atomic<Chooser>& chosen() {
+  const char* named = std::getenv("VGGFAST_CUDA_PLAN");
+  static std::atomic<Chooser> current = named != nullptr && chooser(named) != nullptr ? chooser(named) : choose_plan;
+  return current;
 }
 
 Plan plan_or_throw(Pass pass, const Problem& problem, const OnDevice& on) {
-  const Plan plan = (sm90_allowed() ? choose_plan_up_to_sm90 : choose_plan)(pass, problem, on.device());
+  const Plan plan = chosen().load()(pass, problem, on.device());
   STD_TORCH_CHECK(plan.kernel != Kernel::aten,
                   "vggfast: expected a convolution that a CUDA kernel takes, got one for aten: ", plan.reason);
   return plan;
@@ -157,7 +164,10 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& weight_any
                                  x.stride(2),
                                  x.stride(3),
                                  x.stride(1)};
-  const auto run = first ? sm80::first_layer : plan.kernel == Kernel::wgmma ? sm90::forward : sm80::forward;
+  const auto run = first                                ? sm80::first_layer
+                   : plan.kernel == Kernel::wgmma       ? sm90::forward
+                   : plan.kernel == Kernel::wgmma_patch ? sm90::forward_patch
+                                                        : sm80::forward;
   run(problem, plan, pointers, on.stream());
   return {y, argmax};
 }
@@ -176,7 +186,9 @@ Tensor conv3x3_grad_input(const Tensor& grad_any, const Tensor& weight_any, cons
   const Tensor grad = dense_nhwc(grad_any), weight = dense_nhwc(weight_any);
   const MaybeTensor y = dense_nhwc(y_any), argmax = aligned_argmax(argmax_any);
   const Tensor workspace = empty_of(grad, {plan.workspace_bytes}, ScalarType::Byte);
-  (plan.kernel == Kernel::wgmma ? sm90::grad_input : sm80::grad_input)(
+  (plan.kernel == Kernel::wgmma         ? sm90::grad_input
+   : plan.kernel == Kernel::wgmma_patch ? sm90::grad_input_patch
+                                        : sm80::grad_input)(
       problem, plan, {grad_output(grad, y, argmax), weight.const_data_ptr(), gx.mutable_data_ptr(), workspace.mutable_data_ptr()},
       on.stream());
   return gx;
@@ -234,15 +246,16 @@ Tensor max_pool2x2_grad(const Tensor& grad_any, const Tensor& argmax_any, int64_
 
 } // namespace
 
-static bool checked_sm90(const std::string& kernels) {
-  if (kernels != "sm80" && kernels != "sm90") {
-    throw std::invalid_argument("kernels: expected sm80 or sm90, got '" + kernels + "'");
+static Chooser checked_chooser(const std::string& kernels) {
+  const Chooser found = chooser(kernels);
+  if (found == nullptr) {
+    throw std::invalid_argument("kernels: expected sm80, sm90 or sm90patch, got '" + kernels + "'");
   }
-  return kernels == "sm90";
+  return found;
 }
 
 void set_kernels(const std::string& kernels) {
-  sm90_allowed() = checked_sm90(kernels);
+  chosen() = checked_chooser(kernels);
 }
 
 std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, bool pool,
@@ -260,8 +273,7 @@ std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_
           ? Pass::max_pool
           : throw std::invalid_argument("pass: expected forward, grad_input, grad_weight or max_pool, got '" + pass + "'");
   std::ostringstream text;
-  const auto choose = checked_sm90(kernels) ? choose_plan_up_to_sm90 : choose_plan;
-  text << choose(which, {n, h, w, in, out, element, true, pool}, {sm_count, compute_capability});
+  text << checked_chooser(kernels)(which, {n, h, w, in, out, element, true, pool}, {sm_count, compute_capability});
   return text.str();
 }
 

@@ -11,7 +11,7 @@
 namespace vggfast::cuda {
 
 enum class Pass : int { forward, grad_input, grad_weight, max_pool };
-enum class Kernel : int { aten, implicit_gemm, first_layer, pointwise, wgmma };
+enum class Kernel : int { aten, implicit_gemm, first_layer, pointwise, wgmma, wgmma_patch };
 
 /// Tiles of the implicit GEMMs, rows x columns of the product; each is instantiated by hand in sm80/*.cu.
 enum class TileId : int { m128n128, m256n64, m64n64 };
@@ -88,7 +88,7 @@ struct Plan {
   int splits = 1;                   // parts of the reduction, each with its own partial result (grad_weight)
   int64_t workspace_bytes = 0;
   const char* reason = ""; // which limit or measurement chose this row
-  // Kernel::wgmma alone; tiles_m and tiles_n then count boxes of pixels and tiles of channels.
+  // Kernel::wgmma and wgmma_patch alone; tiles_m and tiles_n then count boxes of pixels and tiles of channels.
   WideTile wide_tile = WideTile::m256n64;
   PixelBox box{};
   int64_t blocks = 0;              // launched; forward's and grad_input's are persistent, at most one an SM
@@ -96,11 +96,11 @@ struct Plan {
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Plan& plan) {
-  constexpr const char* kernels[] = {"aten", "implicit_gemm", "first_layer", "pointwise", "wgmma"};
+  constexpr const char* kernels[] = {"aten", "implicit_gemm", "first_layer", "pointwise", "wgmma", "wgmma_patch"};
   constexpr const char* tiles[] = {"m128n128", "m256n64", "m64n64"};
   constexpr const char* wide_tiles[] = {"m256n64", "m256n128", "m128n256", "m128n128", "m128n64", "m64n64"};
   out << kernels[static_cast<int>(plan.kernel)];
-  if (plan.kernel == Kernel::wgmma) {
+  if (plan.kernel == Kernel::wgmma || plan.kernel == Kernel::wgmma_patch) {
     out << " tile=" << wide_tiles[static_cast<int>(plan.wide_tile)] << " box=" << plan.box.w << "x" << plan.box.h << "x"
         << plan.box.n << " tiles=" << plan.tiles_m << "x" << plan.tiles_n << " splits=" << plan.splits << " blocks=" << plan.blocks
         << " workspace=" << plan.workspace_bytes;

@@ -149,15 +149,20 @@ inline int64_t partial_bytes(const Plan& plan) {
 // read at 4 TB/s; clocks of a second launch, about 2 us.
 inline constexpr double kL2BytesPerClock = 32, kClocksPerPartialByte = 2.0 / 2300, kSecondPassClocks = 3500;
 
+/// A plan, and the time that the model expects of it.
+struct TimedPlan {
+  Plan plan;
+  double clocks = std::numeric_limits<double>::infinity();
+};
+
 /// Forward and grad_input.
-inline Plan plan_pixels_sm90(Pass pass, const Problem& p, const Device& device) {
+inline TimedPlan plan_pixels_sm90(Pass pass, const Problem& p, const Device& device) {
   constexpr int max_splits = 18; // at least 4 stages each in VGG
   const bool pools = pass == Pass::forward && p.pool;
   const int64_t h = pools ? p.h / 2 * 2 : p.h, w = pools ? p.w / 2 * 2 : p.w;
   const int64_t columns = pass == Pass::forward ? p.k : p.c;
   const int stages = pixel_stages(pass, p);
-  Plan plan;
-  double least = std::numeric_limits<double>::infinity();
+  TimedPlan best;
   for (const auto tile : {WideTile::m256n64, WideTile::m128n256, WideTile::m256n128, WideTile::m128n128}) {
     const WideTileShape shape = pixel_tile_shape(tile);
     if ((shape.block_n == 64) != (columns <= 64)) {
@@ -170,19 +175,18 @@ inline Plan plan_pixels_sm90(Pass pass, const Problem& p, const Device& device) 
       Plan candidate{Kernel::wgmma, TileId{}, tiles_m, tiles_n, splits, 0, "", tile, box};
       const int64_t items = tiles_m * tiles_n * splits, partials = partial_bytes(candidate);
       const double stage_clocks = 128.0 * (shape.block_m + shape.block_n) / kL2BytesPerClock;
-      double time = double(ceil_div(items, device.sm_count) * per_split) * stage_clocks;
-      time += splits > 1 ? double(partials) * kClocksPerPartialByte + kSecondPassClocks : 0;
-      if (time < least) {
-        least = time;
+      double clocks = double(ceil_div(items, device.sm_count) * per_split) * stage_clocks;
+      clocks += splits > 1 ? double(partials) * kClocksPerPartialByte + kSecondPassClocks : 0;
+      if (clocks < best.clocks) {
         candidate.blocks = std::min<int64_t>(items, device.sm_count);
         candidate.workspace_bytes = partials + (pass == Pass::grad_input ? grad_preact_bytes(p) : 0);
         candidate.reason =
             splits > 1 ? "few tiles: the reduction is split over the SMs that they leave idle" : pixel_tile_reason(tile);
-        plan = candidate;
+        best = {candidate, clocks};
       }
     }
   }
-  return plan;
+  return best;
 }
 
 inline Plan plan_grad_weight_sm90(const Problem& p, const Device& device) {
@@ -232,7 +236,7 @@ inline Plan choose_plan_sm90(Pass pass, const Problem& p, const Device& device) 
     plan.reason = reason;
     return plan;
   }
-  return pass == Pass::grad_weight ? plan_grad_weight_sm90(p, device) : plan_pixels_sm90(pass, p, device);
+  return pass == Pass::grad_weight ? plan_grad_weight_sm90(p, device) : plan_pixels_sm90(pass, p, device).plan;
 }
 
 /// With the sm_90 kernels allowed: theirs wherever they take the problem, elsewhere what choose_plan says.

@@ -5,8 +5,9 @@
 
 namespace vggfast::cuda {
 
-// "sm80": the kernels for every tensor-core GPU; "sm90": those of Hopper too, where they take the problem. VGGFAST_CUDA_PLAN says
-// which at the start. Throws std::invalid_argument for anything else.
+// "sm80": the kernels for every tensor-core GPU; "sm90": those of Hopper too, where they take the problem; "sm90patch": also
+// those that read all taps from one patch, where they are expected to be faster. VGGFAST_CUDA_PLAN says which at the start. Throws
+// std::invalid_argument for anything else.
 void set_kernels(const std::string& kernels);
 
 // The plan of the named pass ("forward", "grad_input", "grad_weight", "max_pool") for a device with these numbers, in words;

@@ -21,7 +21,7 @@ RUNTIME_SOURCES = (
     CSRC / "cuda" / "launch.cpp",
 )
 KERNEL_SOURCES = tuple(f"sm80/{name}" for name in ("forward", "first_layer", "grad_input", "grad_weight", "pointwise"))
-WIDE_SOURCES = ("sm90/forward", "sm90/grad_input", "sm90/grad_weight", "sm90/finish_splits")
+WIDE_SOURCES = ("sm90/forward", "sm90/grad_input", "sm90/grad_weight", "sm90/patch", "sm90/finish_splits")
 RUNTIME_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
 # The sanitizers only for their calls around every access: the emulator defines them (hooks.cpp) and links no runtime.
 KERNEL_FLAGS = (
@@ -33,7 +33,7 @@ JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 TILES = {"m128n128": 0, "m256n64": 1, "m64n64": 2}
 PASSES = {"forward": 0, "grad_input": 1, "grad_weight": 2, "max_pool": 3}
-KERNELS = ("aten", "implicit_gemm", "first_layer", "pointwise", "wgmma")
+KERNELS = ("aten", "implicit_gemm", "first_layer", "pointwise", "wgmma", "wgmma_patch")
 WIDE_TILES = ("m256n64", "m256n128", "m128n256", "m128n128", "m128n64", "m64n64")
 H100 = (132, 90)
 TINY_GPU = (1, 80)
@@ -188,11 +188,26 @@ class Emulator:
         self.library.emu_plan_sm90(PASSES[step], *arguments)
         return plan
 
+    def patch_plan(self, step: str, case: Case, *, sms: int = 2) -> Plan:
+        """The plan of the kernels that read all taps from a patch, for a Hopper GPU of ``sms`` SMs."""
+        plan = Plan()
+        arguments = (ctypes.byref(case.problem), ctypes.byref(GpuDevice(sms, 90)), ctypes.byref(plan))
+        self.library.emu_plan_patch(PASSES[step], *arguments)
+        return plan
+
     def wide_plan_like(
-        self, step: str, case: Case, tile: str, box: tuple[int, int, int], *, splits: int = 1, sms: int = 2
+        self,
+        step: str,
+        case: Case,
+        tile: str,
+        box: tuple[int, int, int],
+        *,
+        splits: int = 1,
+        sms: int = 2,
+        patch: bool = False,
     ) -> Plan:
         """The sm_90 plan with another tile, box of pixels and number of splits of the reduction."""
-        plan = self.wide_plan(step, case, sms=sms)
+        plan = self.patch_plan(step, case, sms=sms) if patch else self.wide_plan(step, case, sms=sms)
         plan.wide_tile, (plan.box_w, plan.box_h, plan.box_n) = WIDE_TILES.index(tile), box
         rows, columns = (int(part) for part in tile[1:].split("n"))
         pooled = step == "forward" and case.pool
@@ -201,7 +216,7 @@ class Emulator:
         boxes = -(-w // box[0]) * -(-h // box[1]) * -(-case.n // box[2])
         if step != "grad_weight":
             plan.tiles_m, plan.tiles_n = boxes, -(-(case.k if step == "forward" else case.c) // columns)
-            stages = 9 * -(-(case.c if step == "forward" else case.k) // 64)
+            stages = (1 if patch else 9) * -(-(case.c if step == "forward" else case.k) // 64)
             plan.splits = -(-stages // -(-stages // splits))
             plan.blocks = min(sms, plan.tiles_m * plan.tiles_n * plan.splits)
             partials = plan.tiles_m * plan.tiles_n * plan.splits * rows * columns * 4 if plan.splits > 1 else 0

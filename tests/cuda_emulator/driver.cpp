@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cuda/sm80/launch.h"
+#include "cuda/plan_patch.h"
 #include "cuda/sm90/launch.h"
 
 namespace {
@@ -33,6 +34,9 @@ void emu_plan(int pass, const Problem* problem, const Device* device, Plan* plan
 void emu_plan_sm90(int pass, const Problem* problem, const Device* device, Plan* plan) {
   *plan = choose_plan_sm90(static_cast<Pass>(pass), *problem, *device);
 }
+void emu_plan_patch(int pass, const Problem* problem, const Device* device, Plan* plan) {
+  *plan = choose_plan_patch(static_cast<Pass>(pass), *problem, *device);
+}
 const char* emu_plan_text(const Plan* plan) {
   std::ostringstream text;
   text << *plan;
@@ -45,12 +49,14 @@ const char* emu_forward(const Problem* problem, const Plan* plan, const ForwardP
   return guarded([&] {
     if (plan->kernel == Kernel::first_layer) return sm80::first_layer(*problem, *plan, *pointers, nullptr);
     if (plan->kernel == Kernel::wgmma) return sm90::forward(*problem, *plan, *pointers, nullptr);
+    if (plan->kernel == Kernel::wgmma_patch) return sm90::forward_patch(*problem, *plan, *pointers, nullptr);
     sm80::forward(*problem, *plan, *pointers, nullptr);
   });
 }
 const char* emu_grad_input(const Problem* problem, const Plan* plan, const GradInputPointers* pointers) {
   return guarded([&] {
     if (plan->kernel == Kernel::wgmma) return sm90::grad_input(*problem, *plan, *pointers, nullptr);
+    if (plan->kernel == Kernel::wgmma_patch) return sm90::grad_input_patch(*problem, *plan, *pointers, nullptr);
     sm80::grad_input(*problem, *plan, *pointers, nullptr);
   });
 }

@@ -25,6 +25,8 @@ enum class Bug : int {
   other_swizzle_in_map,
   no_swizzle_in_descriptor,
   misaligned_descriptor,
+  base_offset_of_the_matrix,
+  past_the_tile,
   missing_products_wait,
   accumulators_read_early,
   accumulators_written_early,
@@ -42,17 +44,18 @@ enum class Bug : int {
 };
 
 constexpr int kRows = 64, kBlocks = 5, kStages = 2, kThreads = 384; // the third warpgroup does nothing but hold registers
-constexpr int kTileBytes = kRows * 128;
+constexpr int kTileRows = kRows + 8, kTileBytes = kTileRows * 128;
 
 struct Params {
-  CUtensorMap a; // [64][320], boxes of 64x64
-  float* out;    // [64][64]: the sum of the boxes
+  CUtensorMap a; // [72][320], boxes of 72x64
+  float* out;    // [64][64]: the sum of the boxes' rows from `shift` on
+  int shift;
   Bug bug;
 };
 
 struct Shared {
   alignas(1024) unsigned char a[kStages][kTileBytes];
-  alignas(1024) unsigned char identity[kTileBytes];
+  alignas(1024) unsigned char identity[kRows * 128];
   sm90::StageBarriers<kStages> barriers;
 };
 
@@ -94,13 +97,20 @@ __device__ void write_identity(Shared& shared, Bug bug) {
   }
 }
 
-__device__ void multiply(Shared& shared, float (&sums)[8][4], int stage, int block, Bug bug) {
-  uint64_t a = row_descriptor(shared.a[stage]);
+__device__ void multiply(Shared& shared, const Params& params, float (&sums)[8][4], int stage, int block) {
+  const Bug bug = params.bug;
+  uint64_t a = row_descriptor(shared.a[stage] + params.shift * 128);
   if (bug == Bug::no_swizzle_in_descriptor) {
     a &= ~(uint64_t{3} << 62);
   }
   if (bug == Bug::misaligned_descriptor) {
     a += 128 >> 4;
+  }
+  if (bug == Bug::base_offset_of_the_matrix) {
+    a |= static_cast<uint64_t>((params.shift + 1) % 8) << 49;
+  }
+  if (bug == Bug::past_the_tile) {
+    a += kTileBytes >> 4;
   }
   if (bug != Bug::missing_wgmma_fence) {
     ptx::wgmma_fence();
@@ -128,7 +138,7 @@ __device__ void consume(Shared& shared, const Params& params) {
     if (bug == Bug::stage_read_without_wait) {
       early = static_cast<float>(shared.a[0][threadIdx.x]);
     }
-    multiply(shared, sums, at.stage, block, bug);
+    multiply(shared, params, sums, at.stage, block);
     if (bug == Bug::released_before_the_product && threadIdx.x % 32 == 0) {
       ptx::mbarrier_arrive(&shared.barriers.empty[at.stage]);
     }
@@ -195,11 +205,11 @@ int emu_planted_sm90_bugs() {
   return static_cast<int>(Bug::count);
 }
 
-const char* emu_planted_sm90(int bug, const void* a, float* out) {
+const char* emu_planted_sm90(int bug, int shift, const void* a, float* out) {
   try {
     const sm90::MapDimension dimensions[] = {
-        {kBlocks * kSwizzleRow, 1, kSwizzleRow}, {1, kBlocks * kSwizzleRow, 1}, {kRows, kBlocks * kSwizzleRow, kRows}};
-    Params params{sm90::make_tensor_map("a", DType::bf16, a, dimensions), out, static_cast<Bug>(bug)};
+        {kBlocks * kSwizzleRow, 1, kSwizzleRow}, {1, kBlocks * kSwizzleRow, 1}, {kTileRows, kBlocks * kSwizzleRow, kTileRows}};
+    Params params{sm90::make_tensor_map("a", DType::bf16, a, dimensions), out, shift, static_cast<Bug>(bug)};
     if (params.bug == Bug::other_swizzle_in_map) {
       reinterpret_cast<emulator::TensorMap&>(params.a).swizzle_bytes = 64;
     }

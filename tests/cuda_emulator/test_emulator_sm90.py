@@ -33,7 +33,9 @@ BUGS = {
     "proxy_fence_after_barrier": "dirty: written by ordinary stores",
     "other_swizzle_in_map": WRONG,
     "no_swizzle_in_descriptor": "expected a descriptor of the 128-byte swizzle",
-    "misaligned_descriptor": "expected a descriptor of the 128-byte swizzle",
+    "misaligned_descriptor": WRONG,
+    "base_offset_of_the_matrix": "expected a descriptor of the 128-byte swizzle",
+    "past_the_tile": IN_FLIGHT + "|race|" + WRONG,
     "missing_products_wait": "asynchronous products it never waited for",
     "accumulators_read_early": WRONG,
     "accumulators_written_early": "accumulators were written while a product on them was in flight",
@@ -49,7 +51,7 @@ BUGS = {
     "copy_left_in_flight": "the block ends with bulk copies (in flight|that nobody waited for)",
 }
 NUMBERS = {name: number for number, name in enumerate(("none", *BUGS))}
-ROWS, BLOCKS = 64, 5
+ROWS, TILE_ROWS, BLOCKS = 64, 72, 5
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +63,17 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     return link([*objects, folder / "planted.o"], folder / "planted.so")
 
 
-def run(planted: Emulator, bug: str, seed: int) -> None:
+def run(planted: Emulator, bug: str, seed: int, shift: int = 0) -> None:
     planted.reset(seed)
-    a = torch.randint(-4, 5, (ROWS, BLOCKS * 64), generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+    a = torch.randint(-4, 5, (TILE_ROWS, BLOCKS * 64), generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     out = planted.allocate(ROWS * 64, torch.float32)
     function = planted.library.emu_planted_sm90
     function.restype = ctypes.c_char_p
-    message = function(NUMBERS[bug], ctypes.c_void_p(planted.upload(a)), ctypes.c_void_p(out))
+    message = function(NUMBERS[bug], shift, ctypes.c_void_p(planted.upload(a)), ctypes.c_void_p(out))
     if message is not None:
         raise EmulatorError(message.decode())
-    if not torch.equal(planted.download(out, (ROWS, 64), torch.float32), a.float().view(ROWS, BLOCKS, 64).sum(1)):
+    want = a[shift : shift + ROWS].float().view(ROWS, BLOCKS, 64).sum(1)
+    if not torch.equal(planted.download(out, (ROWS, 64), torch.float32), want):
         raise EmulatorError(WRONG)
 
 
@@ -85,6 +88,12 @@ def test_correct_kernel_is_accepted(planted: Emulator, seed: int) -> None:
     assert statistics.tma_boxes == BLOCKS
     assert statistics.wgmma == BLOCKS * 4 * 4  # steps of 16 elements, warps
     assert statistics.registers_moved == 128 * (168 - 40 + 232 - 168)
+
+
+@pytest.mark.parametrize("shift", range(1, 9))
+def test_a_descriptor_may_start_at_any_row(planted: Emulator, shift: int) -> None:
+    """The swizzle is of each row's own address: the copy engine wrote with it, and the start of the matrix does not enter."""
+    run(planted, "none", shift, shift)
 
 
 @pytest.mark.parametrize("seed", range(1, 6))

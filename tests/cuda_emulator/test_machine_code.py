@@ -158,6 +158,8 @@ def test_asm_and_launches_stay_where_they_belong() -> None:
 WGMMA_PER_STAGE = {
     "forward": {"m256n64": 8, "m256n128": 8, "m128n256": 4, "m128n128": 4},
     "grad_input": {"m256n64": 8, "m256n128": 8, "m128n256": 4, "m128n128": 4},
+    "forward_patch": {"m256n64": 8, "m256n128": 8, "m128n128": 4},  # one tap, in a loop over nine
+    "grad_input_patch": {"m256n64": 8, "m256n128": 8, "m128n128": 4},
     "grad_weight": {"m128n128": 12, "m128n64": 12, "m64n64": 6},
 }
 

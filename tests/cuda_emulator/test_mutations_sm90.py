@@ -27,7 +27,7 @@ SOURCE = """
 #include "cuda/sm80/grad_weight.cuh"
 #include "cuda/sm80/pointwise.cuh"
 #include "cuda/sm90/finish_splits.cu"
-#include "cuda/sm90/{kernel}.cuh"
+#include "cuda/sm90/{file}.cuh"
 #include "cuda/sm90/launch.h"
 namespace vggfast::cuda::sm90 {{
 void {kernel}(const Problem& p, const Plan& plan, const {pointers}Pointers& pointers, cudaStream_t stream) {{
@@ -44,9 +44,10 @@ void reduce_splits(const Problem& p, int splits, const GradWeightPointers& point
 }}
 """
 KERNELS = {
-    "forward": ("Forward", "m128n128"),
-    "grad_input": ("GradInput", "m128n128"),
-    "grad_weight": ("GradWeight", "m64n64"),
+    "forward": ("forward", "Forward", "m128n128"),
+    "grad_input": ("grad_input", "GradInput", "m128n128"),
+    "grad_weight": ("grad_weight", "GradWeight", "m64n64"),
+    "forward_patch": ("patch_gemm", "Forward", "m256n64"),
 }
 
 
@@ -73,7 +74,23 @@ def check_grad_weight(emulator: Emulator) -> None:
         grad_weight_of(emulator, Case(9, 7, 9, 40, 40), "m64n64", (4, 4, 4), splits=2, seed=seed)
 
 
+def check_patch(emulator: Emulator) -> None:
+    # Three blocks of the reduction and several tiles a block: both rings go round. Two images a box, the last box not full.
+    for seed in (1, 2):
+        forward_of(emulator, Case(3, 17, 9, 136, 40), "m256n64", (8, 16, 2), sms=2, seed=seed, patch=True)
+
+
+def check_patch_that_stays(emulator: Emulator) -> None:
+    for seed in (1, 2):
+        forward_of(emulator, Case(1, 33, 18, 40, 40), "m256n64", (8, 32, 1), sms=1, seed=seed, patch=True)
+
+
+def check_patch_splits(emulator: Emulator) -> None:
+    forward_of(emulator, Case(1, 9, 10, 136, 40), "m256n64", (8, 32, 1), splits=3, patch=True)
+
+
 GEMM, SHARED, PIPELINE, WEIGHT = "implicit_gemm.cuh", "consumers.cuh", "pipeline.cuh", "grad_weight.cuh"
+PATCH = "patch_gemm.cuh"
 MUTATIONS = {
     "index: taps one column off": ("forward", GEMM, "tap % 3 - 1,", "tap % 3,", check_forward),
     "index: channel tiles and boxes exchanged": (
@@ -221,6 +238,92 @@ MUTATIONS = {
         "kColumnStep = 8 * 128 >> 4",
         check_grad_input,
     ),
+    "patch: lines without their halo": (
+        "forward_patch",
+        PATCH,
+        "tap / 3 * kPatchWidth + tap % 3",
+        "tap / 3 * 8 + tap % 3",
+        check_patch,
+    ),
+    "patch: images without their halo": ("forward_patch", PATCH, "line + 2 * image", "line + image", check_patch),
+    "patch: starts at the box": (
+        "forward_patch",
+        PATCH,
+        "pixel.w - 1, pixel.h - 1",
+        "pixel.w, pixel.h - 1",
+        check_patch,
+    ),
+    "patch: bytes of the largest": (
+        "forward_patch",
+        PATCH,
+        "patch_rows(params.grid.boxes.box) * kPixelBytes",
+        "shape.most_rows() * kPixelBytes",
+        check_patch,
+    ),
+    "patch: the next group of rows is a pattern further": (
+        "forward_patch",
+        PATCH,
+        "kPixelBytes, 16, kPatchLineBytes)",
+        "kPixelBytes, 16, kPatternBytes)",
+        check_patch,
+    ),
+    "patch: the start of the matrix as base offset": (
+        "forward_patch",
+        PATCH,
+        "16, kPatchLineBytes);",
+        "16, kPatchLineBytes) | uint64_t{1} << 49;",
+        check_patch,
+    ),
+    "patch: not waited for": (
+        "forward_patch",
+        PATCH,
+        "    wait_phase(shared.barriers.patches.full[at.patch.stage], at.patch.parity);\n",
+        "",
+        check_patch,
+    ),
+    "patch: released while it is read": (
+        "forward_patch",
+        PATCH,
+        "    at.patch_before = at.patch.stage;\n",
+        "    release(shared.barriers.patches.empty[at.patch.stage]);\n",
+        check_patch_that_stays,  # elsewhere the ring of filters holds the copy engine back
+    ),
+    "patch: kept": ("forward_patch", PATCH, "    at.patch_before = at.patch.stage;\n", "", check_patch),
+    "patch: filters released while they are read": (
+        "forward_patch",
+        PATCH,
+        "ptx::wgmma_wait<1>();",
+        "ptx::wgmma_wait<2>();",
+        check_patch,
+    ),
+    "patch: the tile is finished before its products": (
+        "forward_patch",
+        PATCH,
+        "      ptx::wgmma_wait<0>();\n",
+        "",
+        check_patch,
+    ),
+    "patch: filters that stay are waited for again": (
+        "forward_patch",
+        PATCH,
+        "stays ? 0u : at.filters.parity",
+        "at.filters.parity",
+        check_patch_that_stays,
+    ),
+    "patch: filters stay that are not all": (
+        "forward_patch",
+        PATCH,
+        "filters_stay(kStages, params.stages,",
+        "filters_stay(kStages, 1,",
+        check_patch,
+    ),
+    "patch: splits begin at taps": (
+        "forward_patch",
+        PATCH,
+        "(work.first_stage + i) * kSwizzleRow",
+        "(work.first_stage + i) / 9 * kSwizzleRow",
+        check_patch_splits,
+    ),
     "grad_weight: taps of a row exchanged": (
         "grad_weight",
         WEIGHT,
@@ -260,9 +363,9 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> list[pathlib.Path]:
 
 
 def build_one(csrc: pathlib.Path, folder: pathlib.Path, kernel: str, runtime: list[pathlib.Path]) -> Emulator:
-    pointers, tile = KERNELS[kernel]
+    file, pointers, tile = KERNELS[kernel]
     source = folder / f"{kernel}.cpp"
-    source.write_text(SOURCE.format(kernel=kernel, pointers=pointers, tile=tile))
+    source.write_text(SOURCE.format(kernel=kernel, file=file, pointers=pointers, tile=tile))
     compile_object(source, folder / f"{kernel}.o", csrc, KERNEL_FLAGS)
     return link([*runtime, folder / f"{kernel}.o"], folder / f"{kernel}.so", only_some_kernels=True)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
-from cuda_emulator_harness import KERNELS, WIDE_TILES, Case, Emulator
+from cuda_emulator_harness import KERNELS, WIDE_TILES, Case, Emulator, Plan
 from cuda_reference import (
     assert_close,
     convolution_gradients,
@@ -20,6 +22,8 @@ from cuda_reference import (
     torch_like_gradients,
 )
 from test_torch_semantics import few_values, identity_weight
+
+from vggfast.bench.layers import CONFIGS, conv_layers
 
 Box = tuple[int, int, int]
 
@@ -51,12 +55,20 @@ def boxes(tile: str, case: Case, pools: bool) -> list[Box]:
 
 
 def check_forward(
-    emulator: Emulator, case: Case, tile: str, box: Box, *, splits: int = 1, sms: int = 2, seed: int = 1
+    emulator: Emulator,
+    case: Case,
+    tile: str,
+    box: Box,
+    *,
+    splits: int = 1,
+    sms: int = 2,
+    seed: int = 1,
+    patch: bool = False,
 ) -> None:
     x, weight, bias = make_inputs(case)
 
     def run(case: Case, box: Box) -> tuple[torch.Tensor, torch.Tensor | None]:
-        plan = emulator.wide_plan_like("forward", case, tile, box, splits=splits, sms=sms)
+        plan = emulator.wide_plan_like("forward", case, tile, box, splits=splits, sms=sms, patch=patch)
         return emulator.forward(case, x, weight, bias, plan=plan, seed=seed)
 
     y, argmax = run(case, box)
@@ -70,11 +82,19 @@ def check_forward(
 
 
 def check_grad_input(
-    emulator: Emulator, case: Case, tile: str, box: Box, *, splits: int = 1, sms: int = 2, seed: int = 1
+    emulator: Emulator,
+    case: Case,
+    tile: str,
+    box: Box,
+    *,
+    splits: int = 1,
+    sms: int = 2,
+    seed: int = 1,
+    patch: bool = False,
 ) -> None:
     x, weight, _ = make_inputs(case)
     saved = make_saved(case)
-    plan = emulator.wide_plan_like("grad_input", case, tile, box, splits=splits, sms=sms)
+    plan = emulator.wide_plan_like("grad_input", case, tile, box, splits=splits, sms=sms, patch=patch)
     ours = emulator.grad_input(case, saved, weight, plan=plan, seed=seed)
     grad = grad_preact(case, saved)
     exact = convolution_gradients(grad, x, weight, torch.float64)[0]
@@ -119,55 +139,68 @@ def test_grad_weight_and_bias(emulator: Emulator, case: Case, tile: str, dtype: 
     check_grad_weight(emulator, dataclasses.replace(case, dtype=dtype), tile, box, splits=1 + case.h % 4)
 
 
-# ---- Every plan that VGG11 to VGG19 get on a GPU of 132 SMs, on images cut down to little more than a box, with channels cut
-# down to little more than a tile and a block of the reduction.
+# ---- Every plan that a GPU of 132 SMs gives the layers of VGG11 to VGG19, on images cut down to little more than a box, with
+# channels cut down to little more than a tile, and no more of the reduction than the plan's splits need.
 
-LAYERS = [  # of VGG19, which has those of VGG11, 13 and 16
-    *((64, 64, 224, True), (64, 128, 112, False), (128, 128, 112, True), (128, 256, 56, False), (256, 256, 56, False)),
-    *((256, 256, 56, True), (256, 512, 28, False), (512, 512, 28, False), (512, 512, 28, True), (512, 512, 14, False)),
-    *((512, 512, 14, True), (64, 128, 112, True), (128, 256, 56, True), (256, 512, 28, True)),  # the last: VGG11's
-]
 BATCHES = (1, 3, 8, 64)
+LAYERS = sorted({layer[1:4] for model in CONFIGS for layer in conv_layers(model) if layer.c_in != 3})
 
 
-def reduced(step: str, c: int, k: int, size: int, pool: bool, batch: int, tile: str, box: Box) -> Case:
-    rows, columns = (int(part) for part in tile[1:].split("n"))
-    down = 72 if columns < 256 else 64  # two blocks of the reduction, the second ragged, or one
-    if step == "grad_weight":
-        c, k = min(c, columns + 8), min(k, rows)
-    elif step == "forward":
-        c, k = min(c, down), min(k, columns + 8)
-    else:
-        c, k = min(c, columns + 8), min(k, down)
-    h, w = (min(size, 2 * extent) if extent < 8 else min(size, extent + 6) for extent in (box[1], box[0]))
-    n = box[2] + 1 if box[2] < batch and box[2] > 1 else min(batch, box[2])
-    return Case(n, h, w, c, k, pool=pool)
+class Planned(NamedTuple):
+    """What of a plan decides which code runs and how it cuts the problem up."""
+
+    tile: str
+    box: Box
+    splits: int  # of grad_weight: partial results
+
+    @classmethod
+    def of(cls, plan: Plan) -> Planned:
+        return cls(WIDE_TILES[plan.wide_tile], (plan.box_w, plan.box_h, plan.box_n), plan.splits)
 
 
-def vgg_plans(emulator: Emulator, step: str) -> dict[tuple[str, Box, bool, int], Case]:
-    """Of each tile, box and number of splits (up to three), pooled or not, the largest batch of the first layer that gets it."""
-    plans: dict[tuple[str, Box, bool, int], Case] = {}
-    for c, k, size, pool in LAYERS:
-        for batch in sorted(BATCHES, reverse=True):
-            plan = emulator.wide_plan(step, Case(batch, size, size, c, k, pool=pool), sms=132)
-            assert KERNELS[plan.kernel] == "wgmma", plan.reason
-            tile, box = WIDE_TILES[plan.wide_tile], (plan.box_w, plan.box_h, plan.box_n)
-            # Backward, pools only matter to the kernel that materialises the gradient before them.
-            key = (tile, box, pool and step == "forward", min(plan.splits, 3))
-            plans.setdefault(key, reduced(step, c, k, size, pool, batch, tile, box))
-    return plans
+def vgg_plans(emulator: Emulator, step: str, dtype: torch.dtype) -> dict[tuple[Planned, bool], Case]:
+    """Every plan of the step, pooled or not, with the largest batch of a layer that gets it."""
+    found: dict[tuple[Planned, bool], Case] = {}
+    for batch, (c, k, size), pool, relu in itertools.product(BATCHES[::-1], LAYERS, (False, True), (True, False)):
+        case = Case(batch, size, size, c, k, dtype, relu, pool)
+        plan = emulator.wide_plan(step, case, sms=132)
+        assert KERNELS[plan.kernel] == "wgmma", plan.reason
+        # Backward, pools only matter to the kernel that materialises the gradient before them.
+        found.setdefault((Planned.of(plan), pool and step == "forward"), case)
+    return found
 
 
+def reduced(step: str, case: Case, planned: Planned) -> Case:
+    rows, columns = (int(part) for part in planned.tile[1:].split("n"))
+    box_w, box_h, box_n = planned.box
+    if step == "grad_weight":  # a box a split, the last one not full
+        boxes = planned.splits // (2 if rows == 64 else 1)
+        n = boxes * box_n - (box_n > 1)
+        return dataclasses.replace(case, n=n, h=max(2, box_h), w=box_w - (box_n == 1), c=40, k=72)
+    # Blocks of 64 channels, of nine stages each: the least that make so many splits, and more than one.
+    blocks = next(b for b in range(1, 9) if -(-9 * b // -(-9 * b // planned.splits)) == planned.splits)
+    deep, wide = 64 * blocks + 8 * (blocks == 1), min(case.k if step == "forward" else case.c, columns + 8)
+    c, k = (deep, wide) if step == "forward" else (wide, deep)
+    return dataclasses.replace(case, n=max(1, box_n - 1), h=box_h, w=box_w + 2, c=c, k=k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("step", ["forward", "grad_input", "grad_weight"])
-def test_every_plan_of_vgg(emulator: Emulator, step: str) -> None:
+def test_every_plan_of_vgg(emulator: Emulator, step: str, dtype: torch.dtype) -> None:
     check = {"forward": check_forward, "grad_input": check_grad_input, "grad_weight": check_grad_weight}[step]
-    plans = vgg_plans(emulator, step)
-    assert len(plans) > 6
-    for (tile, box, _, splits), case in plans.items():
+    plans = vgg_plans(emulator, step, dtype)
+    assert len(plans) > 20
+    ran = set()
+    for number, ((planned, pool), case) in enumerate(plans.items()):
+        case = dataclasses.replace(reduced(step, case, planned), relu=number % 2 == 0)
+        forced = Planned.of(emulator.wide_plan_like(step, case, planned.tile, planned.box, splits=planned.splits))
         try:
-            check(emulator, case, tile, box, splits=splits)
+            check(emulator, case, planned.tile, planned.box, splits=planned.splits)
         except Exception as error:
-            raise AssertionError(f"{step}, {tile}, box {box}, {name(case)}: {error}") from error
+            raise AssertionError(f"{step}, {planned}, {name(case)}: {error}") from error
+        assert emulator.statistics().wgmma > 0
+        ran.add((forced, pool))
+    assert ran == set(plans)
 
 
 def test_whole_layer_of_512_channels(emulator: Emulator) -> None:

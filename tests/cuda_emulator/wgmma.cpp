@@ -21,11 +21,14 @@ struct Descriptor {
   uint32_t start, leading, stride; // bytes
 };
 
-Descriptor decode(uint64_t bits, const void* code) {
+/// The base offset is taken to be 0, as the manual has it where the pattern starts at a 1024-byte boundary; the copy engine's
+/// always does. A matrix of rows along the reduction may then start at any row of the pattern (`anywhere`): the swizzle is made
+/// of bits of each row's own address.
+Descriptor decode(uint64_t bits, bool anywhere, const void* code) {
   const auto field = [&](int at) { return static_cast<uint32_t>(bits >> at & 0x3fff) << 4; };
   const Descriptor out{field(0), field(16), field(32)};
   constexpr uint64_t swizzle_128 = uint64_t{1} << 62, fields = 0x00003fff3fff3fffull;
-  if ((bits & ~fields) != swizzle_128 || out.start / 128 % 8 != 0) {
+  if ((bits & ~fields) != swizzle_128 || (!anywhere && out.start / 128 % 8 != 0)) {
     Machine::get().fail("wgmma: expected a descriptor of the 128-byte swizzle whose pattern starts at a 1024-byte boundary", code);
   }
   return out;
@@ -50,7 +53,7 @@ struct OperandReader {
   const Product& product;
 
   void read(uint64_t bits, bool transposed, int first, int rows, float* to) const {
-    const Descriptor at = decode(bits, product.code);
+    const Descriptor at = decode(bits, !transposed, product.code);
     if (transposed) {
       for (int k = 0; k < kDepth; ++k) {
         for (int row = 0; row < rows; row += 8) {

@@ -24,6 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GIVEN = "given grad of y"  # in a layer's reference: the gradient that buffer 0 gets
 OWN_ERROR = "torch's own error of "  # in a network's reference for training in bfloat16
 BUFFERS = 4  # inputs that are used in turn, so that none is still in a cache from the run before
+GPU_BUFFERS = 2  # of a layer on a GPU, whose cache is overwritten before every run
 Outputs = dict[str, Tensor]
 
 
@@ -47,6 +48,10 @@ class Case:
     @property
     def id(self) -> str:
         return f"{self.subject} {self.task} {self.dtype} batch {self.batch}"
+
+    @property
+    def buffers(self) -> int:
+        return GPU_BUFFERS if self.device == "cuda" and self.layer else BUFFERS
 
     @property
     def layer(self) -> Layer | None:
@@ -139,15 +144,19 @@ class LayerData:
 
 
 def layer_data(case: Case, buffer: int) -> LayerData:
-    """Random data in ``case.dtype``: the rounding of the data is no contender's error. The filters are the same in every buffer."""
+    """Random data in ``case.dtype`` on the case's device: the rounding of the data is no contender's error. The filters are the same in every buffer."""
     layer = case.layer
     assert layer is not None
-    of_filters, of_images = torch.Generator().manual_seed(7), torch.Generator().manual_seed(100 + buffer)
-    weight = torch.randn(layer.c_out, layer.c_in, 3, 3, generator=of_filters) * (2 / (9 * layer.c_in)) ** 0.5
-    bias = torch.randn(layer.c_out, generator=of_filters)
-    x = torch.randn(case.batch, layer.c_in, layer.size, layer.size, generator=of_images)
+    of_filters, of_images = (torch.Generator(case.device).manual_seed(seed) for seed in (7, 100 + buffer))
+
+    def random(*shape: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=case.device)
+
+    weight = random(layer.c_out, layer.c_in, 3, 3, generator=of_filters) * (2 / (9 * layer.c_in)) ** 0.5
+    bias = random(layer.c_out, generator=of_filters)
+    x = random(case.batch, layer.c_in, layer.size, layer.size, generator=of_images)
     side = layer.size // 2 if layer.pool else layer.size
-    grad = torch.randn(case.batch, layer.c_out, side, side, generator=of_images)
+    grad = random(case.batch, layer.c_out, side, side, generator=of_images)
     return LayerData(x, weight, bias, grad).to(DTYPES[case.dtype])
 
 
@@ -172,13 +181,17 @@ def expected(case: Case, reference: Outputs) -> Outputs:
 
 
 def reference(case: Case, weights: Path | None = None) -> Outputs:
-    """The answer for buffer 0, computed by torch's own operators in float64 (on the CPU)."""
+    """The answer for buffer 0, computed by torch's own operators in float64. ``answers`` has those of layers on a GPU."""
     if case.layer:
         return _reference_layer(case, case.layer)
     if case.task in LOSSES:
         from vggfast.bench import perceptual
 
         return perceptual.reference(case, weights)
+    if case.device == "cuda":
+        from vggfast.bench import answers
+
+        return answers.network(case, network(case, weights))
     net = network(case, weights).double()
     plain = plain_network(net)
     x = images(case, 0).double()
@@ -204,26 +217,27 @@ def _training_outputs(case: Case, net: nn.Module, plain: nn.Module, x: Tensor) -
 def _reference_layer(case: Case, layer: Layer) -> Outputs:
     """Everything that any task of the layer gives, so that one reference serves them all."""
     data = layer_data(case, 0).to(torch.float64)
-    data.grad *= _decided(data, layer, DTYPES[case.dtype])
+    before = F.conv2d(data.x, data.weight, data.bias, padding=1)
+    data.grad *= decided(before, layer.pool, DTYPES[case.dtype])
     inputs = differentiated(case.with_task("forward+backward"), data)
     y = plain_layer(data.x, data.weight, data.bias, layer.pool)
     gradients = torch.autograd.grad(y, list(inputs.values()), data.grad)
     return {GIVEN: data.grad, "y": y.detach(), **dict(zip(inputs, gradients, strict=True))}
 
 
-def _decided(data: LayerData, layer: Layer, dtype: torch.dtype) -> Tensor:
-    """1 where rounding cannot change what ReLU and pool let through, else 0. Shaped as the output.
+def decided(before: Tensor, pool: bool, dtype: torch.dtype) -> Tensor:
+    """1 where rounding cannot change what ReLU and pool let through, else 0, from the convolution. Shaped as the output.
 
     An activation within rounding of zero opens its ReLU in one computation and not in the other; of two activations in a window
     within rounding of each other either may win. With no gradient there, gradients have errors of rounding only.
     """
     with torch.no_grad():
-        before = F.conv2d(data.x, data.weight, data.bias, padding=1)
-        near_zero = 1e-4 * before.std()
-        if not layer.pool:
+        # Who adds the bias to a convolution that is rounded already, as torch does on a GPU, has that rounding's error before ReLU.
+        near_zero = max(1e-4, 3 * torch.finfo(dtype).eps) * before.std()
+        if not pool:
             return (before.abs() > near_zero).to(before.dtype)
         n, c, h, w = before.shape
-        windows = before.view(n, c, h // 2, 2, w // 2, 2).transpose(3, 4).reshape(n, c, h // 2, w // 2, 4)
+        windows = before.reshape(n, c, h // 2, 2, w // 2, 2).transpose(3, 4).reshape(n, c, h // 2, w // 2, 4)
         best, second = windows.topk(2, -1).values.unbind(-1)
         near_tie = near_zero + 2 * torch.finfo(dtype).eps * best.abs()
         return ((best < -near_zero) | ((best > near_zero) & (best - second > near_tie))).to(before.dtype)
@@ -265,7 +279,8 @@ def relative_errors(outputs: Outputs, expected: Outputs) -> dict[str, float]:
 def _relative_error(got: Tensor, want: Tensor) -> float:
     """In float64, a piece at a time: gradients of 100 million parameters would leave the process gigabytes larger."""
     difference, size = 0.0, 0.0
-    for g, w in zip(torch.split(got, 1 << 20), torch.split(want, 1 << 20), strict=True):
+    piece = 1 << 24 if got.is_cuda else 1 << 20
+    for g, w in zip(torch.split(got, piece), torch.split(want, piece), strict=True):
         w = w.double()
         difference += float((g.double() - w).square().sum())
         size += float(w.square().sum())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vggfast.bench import BenchError
-from vggfast.bench.cases import LOSSES, Case
+from vggfast.bench.cases import BUFFERS, LOSSES, Case
 
 # glibc returns large blocks to the system and page-faults them in again at every use; without these settings torch at batch 8
 # loses up to half its speed. They go to every contender.
@@ -26,6 +26,8 @@ class Runner:
     outputs: Callable[[Any], dict[str, Any]]
     setting: str
     clock: str = "cpu"
+    buffers: int = BUFFERS
+    of_layer: bool = False
     version: str = ""
     kernel: str = ""  # vggfast's, of a layer
     parameters: list[Any] = field(default_factory=list)  # of a network in torch: not counted as activations
@@ -73,10 +75,10 @@ CONTENDERS = [
     ),
     Contender(
         "torch.compile max-autotune",
-        "compile",
+        "autotune",
         f"{_TORCH}:build",
         {"engine": "compile", "mode": "max-autotune"},
-        tasks=("inference", "training"),
+        tasks=("inference", "training", "layer"),
         devices=("cuda",),
         slow="it tries many kernels",
     ),
@@ -97,12 +99,23 @@ CONTENDERS = [
         devices=("cuda",),
     ),
     Contender(
+        "vggfast sm90patch",  # not the kernels' usual choice until a GPU has proven them
+        "patch",
+        f"{_TORCH}:build",
+        {"engine": "vggfast", "plan": "sm90patch"},
+        tasks=("forward", "grad_input"),
+        dtypes=("bf16",),
+        devices=("cuda",),
+    ),
+    Contender(
         "cudnn_convolution_relu", "cudnn", f"{_TORCH}:build", {"engine": "cudnn"}, tasks=("forward",), devices=("cuda",)
     ),
     Contender(
         "lpips package", "lpips", "vggfast.bench.perceptual:build_package", packages=("lpips",), tasks=("lpips",)
     ),
-    Contender("jax", "jax", f"{_JAX}:build", packages=("jax",), tasks=("inference", "training"), devices=("cuda",)),
+    Contender(
+        "jax", "jax", f"{_JAX}:build", packages=("jax",), tasks=("inference", "training", "layer"), devices=("cuda",)
+    ),
     Contender(
         "onnxruntime",
         "onnxruntime",

@@ -76,6 +76,10 @@ def describe(device: str) -> dict[str, Any]:
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
         found["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+        properties = torch.cuda.get_device_properties(0)
+        found["sms"] = properties.multi_processor_count
+        if clock := getattr(properties, "clock_rate", 0):  # in kHz; torch has it since 2.6
+            found["ghz"] = round(clock / 1e6, 3)
     return found
 
 

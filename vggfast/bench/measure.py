@@ -43,7 +43,7 @@ class Group:
 
     @property
     def id(self) -> str:
-        return f"memory: {self.case.id}" if self.part == "memory" else self.case.id
+        return f"{self.part}: {self.case.id}" if self.part in ("memory", "compiled") else self.case.id
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Lab:
         self.threads = threads
         self.listener = listener or Listener()
         self._folder = Path(tempfile.mkdtemp(prefix="vggfast-bench-"))
-        self._torch: Worker | None = None  # all contenders of single layers share torch's threads, and so one process
+        self._torch: Worker | None = None  # contenders that share one process: see _shared
         self._helper: Worker | None = None  # for what is not timed; ended before timing
         self._files: dict[str, Path] = {}
         self._ceilings: dict[str, Record] = {}
@@ -103,14 +103,16 @@ class Lab:
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
         self._end_helper()
-        if self._torch:
-            self._torch.close()
+        self.end_torch()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # ---- files ----
 
-    def _utility(self, request: str, **arguments: Any) -> Record:
-        """Something that is not timed, in a process whose memory is free again before anything is."""
+    def _utility(self, where: str, request: str, **arguments: Any) -> Record:
+        """Something that is not timed, in a process whose memory is free again before anything is; a GPU's own memory is free
+        again anyway."""
+        if where == "cuda":
+            return self._torch_worker().ask(request, **arguments)
         if self._helper is None:
             self._helper = Worker("helper", self.threads)
         return self._helper.ask(request, **arguments)
@@ -124,12 +126,14 @@ class Lab:
         name = f"{case.subject} weights"
         if name not in self._files:
             path = self._folder / f"weights{len(self._files)}.safetensors"
-            self._utility("write_weights", case=case.to_dict(), path=str(path))
+            self._utility(case.device, "write_weights", case=case.to_dict(), path=str(path))
             self._files[name] = path
         return self._files[name]
 
-    def _reference(self, case: Case) -> Path:
+    def _reference(self, case: Case) -> Path | str:
         same = case
+        if case.layer and case.device == "cuda":
+            return ""  # computed where it is needed
         if case.layer:
             same = case.with_task("forward+backward")  # has what every task gives
         elif case.task == "inference":
@@ -143,9 +147,9 @@ class Lab:
                 "path": str(path),
             }
             if case.layer:
-                self._layers_worker().ask("write_reference", **arguments)
+                self._torch_worker().ask("write_reference", **arguments)
             else:
-                self._utility("write_reference", **arguments)
+                self._utility(case.device, "write_reference", **arguments)
             self._files[name] = path
         return self._files[name]
 
@@ -160,7 +164,7 @@ class Lab:
                 "weights": str(self._weights(case)),
                 "folder": str(folder),
             }
-            self._files[name] = Path(self._utility("export", **arguments)["path"])
+            self._files[name] = Path(self._utility("cpu", "export", **arguments)["path"])
         return self._files[name]
 
     def _files_for(self, entry: Entry) -> dict[str, str]:
@@ -176,7 +180,7 @@ class Lab:
         """What the machine can do at most; measured once in a run."""
         if device not in self._ceilings:
             arguments = {"device": device, "threads": self.threads, "dtypes": list(dtypes)}
-            self._ceilings[device] = self._utility("measure_ceilings", **arguments)
+            self._ceilings[device] = self._utility(device, "measure_ceilings", **arguments)
             self._end_helper()
         return self._ceilings[device]
 
@@ -216,25 +220,24 @@ class Lab:
         """Start and check the contenders; a record of each, also of those that are missing, fail or are refused."""
         ready: list[tuple[Entry, Worker]] = []
         records: dict[str, Record] = {}
-        if group.case.layer and self._torch:
+        if self._torch:
             self._torch.ask("forget")
-        workers: dict[str, Worker] = {}
+        workers: dict[str, Worker | None] = {}
         for entry in group.entries:
             record = records[entry.label] = {"label": entry.label, "dtype": entry.case.dtype}
             reason = entry.left_out or entry.contender.missing() or _too_little_memory(entry.case, len(workers))
             if reason:
                 record["missing"] = reason
-            elif entry.case.layer:
-                workers[entry.label] = self._layers_worker()
+            elif _shared(entry):
+                workers[entry.label] = None
             else:  # all start at once, and import torch meanwhile
                 workers[entry.label] = stack.enter_context(Worker(entry.label, self.threads, allocator))
-        for worker in workers.values():
-            if worker is not self._torch:
-                stack.callback(worker.kill)  # all at once, before one after the other is waited for
+        for own in filter(None, workers.values()):
+            stack.callback(own.kill)  # all at once, before one after the other is waited for
         for entry in group.entries:
             if entry.label not in workers:
                 continue
-            worker, record = workers[entry.label], records[entry.label]
+            worker, record = workers[entry.label] or self._torch_worker(), records[entry.label]
             self.listener.stage(group, f"{entry.label}: setting up")
             try:
                 record |= worker.ask(
@@ -249,14 +252,26 @@ class Lab:
                 record |= self._check(entry, worker)
             except BenchError as error:
                 record["failed"] = str(error)
+                if entry.case.device == "cuda" and worker is self._torch:
+                    # A kernel that failed may have left the GPU unusable to its process, and took along who was ready there.
+                    self.end_torch()
+                    for other, _ in (lost := [pair for pair in ready if pair[1] is worker]):
+                        records[other.label]["failed"] = f"{entry.label} failed in the same process"
+                    ready = [pair for pair in ready if pair not in lost]
             if not record.keys() & {"failed", "refused"}:
                 worker.settle()
                 ready.append((entry, worker))
         return ready, records
 
-    def _layers_worker(self) -> Worker:
+    def end_torch(self) -> None:
+        """End the process that contenders share: after a failure on a GPU the next group gets a new one."""
+        if self._torch:
+            self._torch.close()
+        self._torch = None
+
+    def _torch_worker(self) -> Worker:
         if self._torch is None:
-            self._torch = Worker("layers", self.threads)
+            self._torch = Worker("torch", self.threads)
         return self._torch
 
     def _check(self, entry: Entry, worker: Worker) -> Record:
@@ -271,7 +286,7 @@ class Lab:
         plan, round_s = {}, 0.0
         for entry, worker in ready:
             once = worker.ask("time", key=entry.label, warmup=1, times=1, start=0)["seconds"][0]
-            times = max(1, min(50, round(effort.turn_s / once)))
+            times = max(1, min(50 if group.case.device == "cpu" else 10, round(effort.turn_s / once)))
             # A contender in its own process finds cold caches and sleeping threads, which cost a long run nothing.
             warmup = 1 if once < 0.5 and not entry.case.layer else 0
             plan[entry.label] = (warmup, times)
@@ -286,8 +301,8 @@ class Lab:
                 warmup, times = plan[entry.label]
                 with activity.turn(worker):
                     reply = worker.ask("time", key=entry.label, warmup=warmup, times=times, start=i)
-                    if len(ready) > 1 and not entry.case.layer:
-                        worker.settle()  # the next has the cores for itself; layers share one process and its threads
+                    if len(ready) > 1 and not _shared(entry):
+                        worker.settle()  # the next has the cores for itself
                 samples[entry.label].append(reply["seconds"])
         self.listener.round(group, rounds, rounds)
         return activity.summary()
@@ -319,6 +334,12 @@ TOLERANCES = {
     ("network", "bf16"): 5e-2,
     ("gradients", "fp32"): 5e-2,
 }
+
+
+def _shared(entry: Entry) -> bool:
+    """Whether the contender shares a process: single layers share torch's threads, and on a GPU everything of torch's could, since
+    nothing that is timed runs on the CPU."""
+    return bool(entry.case.layer) or (entry.case.device == "cuda" and entry.contender.family != "jax")
 
 
 def _too_little_memory(case: Case, started: int) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 from vggfast.bench.cases import LAYER_TASKS, LOSSES, Case
-from vggfast.bench.contenders import VGGFAST
+from vggfast.bench.contenders import VGGFAST, families
 from vggfast.bench.layers import CONFIGS, VGG16_LAYERS
 from vggfast.bench.measure import Effort, Entry, Group, compare
 
-PARTS = ("inference", "training", "perceptual", "layers", "memory")
+PARTS = ("inference", "training", "perceptual", "layers", "memory", "compiled")
 
 # At most seven rounds of a few runs: CI has three minutes for everything.
 QUICK = {
@@ -19,6 +19,7 @@ QUICK = {
     "perceptual": Effort(min_rounds=3, max_rounds=5, seconds=4, turn_s=0.02),
     "layers": Effort(min_rounds=3, max_rounds=7, seconds=0.4, turn_s=0.005),
     "memory": Effort(1, 1, 1, 0.02),
+    "compiled": Effort(min_rounds=3, max_rounds=7, seconds=0.4, turn_s=0.005),
 }
 FULL = {
     "inference": Effort(min_rounds=9, max_rounds=25, seconds=50, turn_s=0.3),
@@ -26,20 +27,25 @@ FULL = {
     "perceptual": Effort(min_rounds=7, max_rounds=15, seconds=60, turn_s=0.3),
     "layers": Effort(min_rounds=7, max_rounds=15, seconds=3, turn_s=0.05),
     "memory": Effort(1, 1, 1, 0.02),
+    "compiled": Effort(min_rounds=7, max_rounds=15, seconds=3, turn_s=0.05),
 }
 
 
-def groups(part: str, device: str, threads: int, full: bool) -> list[Group]:
-    """The comparisons of a part on a device, "cpu" or "cuda"."""
+def groups(part: str, device: str, threads: int, full: bool, against: list[str] | None = None) -> list[Group]:
+    """The comparisons of a part on a device, "cpu" or "cuda"; with families of ``against`` alone."""
     parts = {
         "inference": _inference,
         "training": _training,
         "perceptual": _perceptual,
         "layers": _layers,
         "memory": _memory,
+        "compiled": _compiled,
     }
-    made = parts[part](device, full)
-    return [compare(part, _with(case, device, threads), _against(case, full), full) for case in made]
+    made = []
+    for case in (_with(case, device, threads) for case in parts[part](device, full)):
+        usual = ["autotune"] if part == "compiled" else _against(case, full, part)
+        made.append(compare(part, case, usual if against is None else against, full))
+    return made
 
 
 def _with(case: Case, device: str, threads: int) -> Case:
@@ -47,9 +53,12 @@ def _with(case: Case, device: str, threads: int) -> Case:
     return Case(**values)
 
 
-def _against(case: Case, full: bool) -> list[str] | None:
+def _against(case: Case, full: bool, part: str) -> list[str] | None:
     """Networks other than VGG16 meet torch only: what VGG16 shows of the others holds for them. In the quick form inference alone
-    meets everybody, since the others take long to set up."""
+    meets everybody, since the others take long to set up. Layers on a GPU meet torch.compile in a part of their own, and
+    kernels that no GPU has proven where they are named."""
+    if part == "layers" and case.device == "cuda":
+        return [family for family in families() if family not in ("compile", "autotune", "patch")]
     others = case.subject in CONFIGS and case.subject != "vgg16"
     if not full and case.task in LOSSES:
         return ["torch", "lpips"]
@@ -101,7 +110,7 @@ def _perceptual(device: str, full: bool) -> Iterator[Case]:
 def _layers(device: str, full: bool) -> Iterator[Case]:
     dtype: Literal["fp32", "bf16"] = "bf16" if device == "cuda" else "fp32"
     tasks = LAYER_TASKS if full else LAYER_TASKS[:3]  # the sum of the three in one is for the full form
-    for batch in ((32, 256) if full else (32,)) if device == "cuda" else ((1, 8) if full else (1,)):
+    for batch in ((1, 32, 256) if full else (32,)) if device == "cuda" else ((1, 8) if full else (1,)):
         for layer in VGG16_LAYERS:
             for task in tasks:
                 if task != "grad_input" or layer.c_in != 3:  # images need no gradient
@@ -119,6 +128,17 @@ def _memory(device: str, full: bool) -> Iterator[Case]:
             yield Case("vgg16", "inference", 8, "fp32")
             yield Case("vgg16", "lpips", 8, "fp32")
             yield Case("vgg16", "lpips", 8, "bf16")
+
+
+def _compiled(device: str, full: bool) -> Iterator[Case]:
+    """Beside kernels that torch.compile tries out, which takes it seconds a layer: on a GPU, largest batches first."""
+    if device != "cuda" or not full:
+        return
+    for batch in (256, 32, 1):
+        for task in LAYER_TASKS[:3]:
+            for layer in VGG16_LAYERS:
+                if task != "grad_input" or layer.c_in != 3:
+                    yield Case(layer.name, task, batch, "bf16")
 
 
 def selected(group: Group, labels: set[str]) -> Group:

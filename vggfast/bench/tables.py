@@ -127,7 +127,8 @@ def tables(groups: list[Json]) -> Iterator[Table]:
     for group in groups:
         case = group["case"]
         if case["subject"] in names:
-            gathered.setdefault((case["task"], case["dtype"], case["batch"]), []).append(group)
+            part = group["id"].partition(": ")[0] if ": " in group["id"] else ""
+            gathered.setdefault((part, case["task"], case["dtype"], case["batch"]), []).append(group)
         else:
             yield group_table(group)
     for layers in gathered.values():

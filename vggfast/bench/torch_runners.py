@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vggfast import _C, ops
-from vggfast.bench import cases, perceptual
-from vggfast.bench.cases import BUFFERS, DTYPES, LOSSES, Case
+from vggfast import _C, ops, switches
+from vggfast.bench import answers, cases, perceptual
+from vggfast.bench.cases import DTYPES, LOSSES, Case
 from vggfast.bench.contenders import Runner
 
 
@@ -27,22 +26,44 @@ def build(
     layout: str = "channels_last",
     mode: str | None = None,
     graph: bool = False,
+    plan: str | None = None,
 ) -> Runner:
-    """``engine``: vggfast, eager, compile or cudnn; ``layout``: a name of torch's memory formats; ``mode``: torch.compile's."""
+    """``engine``: vggfast, eager, compile or cudnn; ``layout``: a name of torch's memory formats; ``mode``: torch.compile's;
+    ``plan``: the CUDA kernels of vggfast's, where not those in use."""
     torch.set_num_threads(case.threads)
     torch.backends.cudnn.benchmark = True
-    if case.layer:
-        runner = _layer(case, files, engine, layout)
-    else:
-        of_network = perceptual.build if case.task in LOSSES else _network
-        runner = of_network(case, files, engine, layout, mode, graph)
-    if case.layer and engine == "vggfast":
-        runner.kernel = describe_kernel(case)
+    with _planned(plan):
+        if case.layer:
+            runner = _layer(case, files, engine, layout, mode)
+        else:
+            of_network = perceptual.build if case.task in LOSSES else _network
+            runner = of_network(case, files, engine, layout, mode, graph)
+        if case.layer and engine == "vggfast":
+            runner.kernel = describe_kernel(case)
+    if plan:
+        runner.run = partial(_run_planned, plan, runner.run)
+    runner.buffers, runner.of_layer = case.buffers, case.layer is not None
     if case.device == "cuda":
         runner.clock = "cuda"
         runner.setting += ", cudnn.benchmark"
     runner.version = torch.__version__
     return runner
+
+
+@contextmanager
+def _planned(plan: str | None) -> Iterator[None]:
+    """With the CUDA kernels of ``plan``, where one is named."""
+    before = switches.cuda_plan()
+    switches.set_cuda_plan(plan or before)
+    try:
+        yield
+    finally:
+        switches.set_cuda_plan(before)
+
+
+def _run_planned(plan: str, run: Callable[[int], Any], buffer: int) -> Any:
+    with _planned(plan):
+        return run(buffer)
 
 
 # ---- whole networks ------------------------------------------------------------------------------------------------
@@ -55,7 +76,7 @@ def _network(case: Case, files: dict[str, str], engine: str, layout: str, mode: 
     called: Any = net if engine == "vggfast" else cases.plain_network(net)
     if engine != "vggfast":
         called = called.to(memory_format=memory)
-    inputs = [cases.images(case, i).to(case.device, memory_format=memory) for i in range(BUFFERS)]
+    inputs = [cases.images(case, i).to(case.device, memory_format=memory) for i in range(case.buffers)]
     setting = "NCHW in" if engine == "vggfast" else {"contiguous_format": "NCHW"}.get(layout, layout)
     if case.task == "inference":
         if case.dtype == "bf16":
@@ -152,20 +173,20 @@ def _graph(run: Callable[[int], Tensor], inputs: list[Tensor]) -> Callable[[int]
 # ---- single layers -------------------------------------------------------------------------------------------------
 
 
-def _layer(case: Case, files: dict[str, str], engine: str, layout: str) -> Runner:
+def _layer(case: Case, files: dict[str, str], engine: str, layout: str, mode: str | None) -> Runner:
     layer = case.layer
     assert layer is not None
     data = [copy(each) for each in _layer_data(case.subject, case.batch, case.dtype, case.device)]
     if case.task != "forward":
-        data[0].grad = load_file(files["reference"])[cases.GIVEN].to(data[0].grad)
+        data[0].grad = answers.load(case, files["reference"])[cases.GIVEN].to(data[0].grad)
     for each in data:
         each.x, each.weight, each.bias = (t.detach() for t in (each.x, each.weight, each.bias))
         # The layer before hands its image over in channels_last where that is the network's layout; vggfast's always does.
         each.x, each.grad = (t.to(memory_format=getattr(torch, layout)) for t in (each.x, each.grad))
         if engine != "vggfast":
             each.weight = each.weight.to(memory_format=getattr(torch, layout))
-    forward = _forward(engine)
-    setting = {"contiguous_format": "NCHW"}.get(layout, layout)
+    forward = _forward(engine, mode)
+    setting = {"contiguous_format": "NCHW"}.get(layout, layout) + (f", inductor, {mode}" if mode else "")
     if case.task == "forward":
 
         def run_forward(buffer: int) -> tuple[Tensor, ...]:
@@ -197,10 +218,10 @@ def _layer(case: Case, files: dict[str, str], engine: str, layout: str) -> Runne
 def _layer_data(subject: str, batch: int, dtype: Any, device: Any) -> list[cases.LayerData]:
     """The same for every contender and task, which is why the last are kept."""
     case = Case(subject, "forward", batch, dtype, device)
-    return [cases.layer_data(case, i).to(device) for i in range(BUFFERS)]
+    return [cases.layer_data(case, i) for i in range(case.buffers)]
 
 
-def _forward(engine: str) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
+def _forward(engine: str, mode: str | None = None) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
     if engine == "vggfast":
         return lambda x, weight, bias, pool: ops.conv3x3(x, weight, bias, pool=pool)
     if engine == "cudnn":
@@ -210,20 +231,28 @@ def _forward(engine: str) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
             return F.max_pool2d(y, 2) if pool else y
 
         return cudnn
+    if engine == "compile":
+        import torch._functorch.config as functorch
+
+        functorch.donated_buffer = False  # the backward pass is timed again and again on one forward pass
+        # A CUDA graph would copy the layer's input in and its output out.
+        compiled: Any = torch.compile(cases.plain_layer, dynamic=False, mode=f"{mode}-no-cudagraphs" if mode else None)
+        return compiled  # type: ignore[no-any-return]
     return cases.plain_layer
 
 
 def _named(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> cases.Outputs:
-    return {name: t.detach().float().cpu() for name, t in zip(names, tensors, strict=True)}
+    return {name: t.detach().float() for name, t in zip(names, tensors, strict=True)}
 
 
 def describe_kernel(case: Case) -> str:
-    """The kernel that vggfast takes for a layer's task; of forward with backward, the forward one."""
+    """The kernel that vggfast takes for a layer's task, with its plan; of forward with backward, the forward one."""
     layer = case.layer
     assert layer is not None
     x = torch.empty(case.batch, layer.c_in, layer.size, layer.size, dtype=DTYPES[case.dtype], device=case.device)
     weight = torch.empty(layer.c_out, layer.c_in, 3, 3, dtype=x.dtype, device=x.device)
-    decision = ops.conv3x3_kernel(x, weight, pool=layer.pool)
+    step = case.task if case.device == "cuda" and case.task in ("grad_input", "grad_weight") else "forward"
+    decision = ops.conv3x3_kernel(x, weight, pool=layer.pool, step=step)
     if decision.fused and case.device == "cpu" and case.task in ("grad_input", "grad_weight"):
         plan: str = _C.cpu_plan(case.task, case.batch, layer.c_in, layer.c_out, layer.size, layer.size)
         return plan.partition(": ")[0]

@@ -6,6 +6,7 @@ the pipe costs nothing.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -17,11 +18,12 @@ from typing import Any
 
 import torch
 
-from vggfast.bench import BenchError, cases, memory
-from vggfast.bench.cases import BUFFERS, OWN_ERROR, Case
+from vggfast.bench import BenchError, answers, cases, memory
+from vggfast.bench.cases import OWN_ERROR, Case
 from vggfast.bench.contenders import Runner
 
 Reply = dict[str, Any]
+BUSY_CYCLES = 1_000_000  # about half a millisecond of a GPU: longer than a layer takes to enqueue
 
 
 class Worker:
@@ -44,11 +46,9 @@ class Worker:
     def check(self, key: str, case: dict[str, Any], reference: str) -> Reply:
         """Relative errors on buffer 0, torch's own beside them where the reference has them, and whether buffer 1 gives
         something else, as different data must."""
-        from safetensors.torch import load_file
-
         runner = self.runners[key]
         outputs = runner.outputs(runner.run(0))
-        answer = load_file(reference)
+        answer = answers.load(Case(**case), reference)
         errors = cases.relative_errors(outputs, cases.expected(Case(**case), answer))
         own = {name.removeprefix(OWN_ERROR): t.item() for name, t in answer.items() if name.startswith(OWN_ERROR)}
         name = next(iter(outputs))
@@ -60,10 +60,10 @@ class Worker:
         """Seconds of ``times`` runs, after ``warmup`` that do not count, on one buffer after the other from ``start``."""
         runner = self.runners[key]
         for i in range(warmup):
-            runner.run((start + i) % BUFFERS)
+            runner.run((start + i) % runner.buffers)
         measured = []
         for i in range(warmup, warmup + times):
-            measured.append(self._time_once(runner, (start + i) % BUFFERS))
+            measured.append(self._time_once(runner, (start + i) % runner.buffers))
         return {"seconds": measured}
 
     def _time_once(self, runner: Runner, buffer: int) -> float:
@@ -76,13 +76,16 @@ class Worker:
         return (end - begin) * 1e-9
 
     def _time_on_cuda(self, runner: Runner, buffer: int) -> float:
-        """Between two events; the L2 cache is overwritten before, and the device is kept busy while the host enqueues."""
+        """Between two events; the L2 cache is overwritten before. A single layer is enqueued while the device is kept busy, so that
+        its time is the device's alone; a network's includes waiting for the host, as its users do."""
         if self._flush is None:
             self._flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
         cuda: Any = torch.cuda
         begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         cuda.synchronize()
         self._flush.zero_()
+        if runner.of_layer:
+            cuda._sleep(BUSY_CYCLES)
         begin.record()
         runner.run(buffer)
         end.record()
@@ -93,7 +96,11 @@ class Worker:
         return memory.measure(self.runners[key], Case(**case))
 
     def forget(self) -> Reply:
+        """Give back what the contenders of the last group hold."""
         self.runners.clear()
+        torch.compiler.reset()  # or the next sizes would be compiled as dynamic ones, and the ninth not at all
+        gc.collect()
+        torch.cuda.empty_cache()  # nothing where there is no GPU, or none was used
         return {}
 
     # ---- work that is not timed ----

@@ -75,7 +75,7 @@ struct GemmParams {
   CUtensorMap filters; // [K, 9, C]
   Epilogue epilogue;
   TileGrid grid;
-  int stages;      // of the reduction: nine taps of every 64 channels
+  int stages;      // of the reduction: nine taps of every 64 channels, or where a patch serves all taps 64 channels
   int splits;      // of the stages; with more than one, sums go to `partials` and a second pass has the epilogue
   float* partials; // [tiles][splits][slabs of 64x64][kSlabVectors float4], each thread's accumulators together
 };
@@ -100,27 +100,28 @@ struct Slab {
   static __device__ int warp_column() { return 0; }
 };
 
-/// Sizes, shared memory and arithmetic of one tile.
-template <class ElementType, WideTile kTile, Filters kFilters>
-struct WideGemm {
+/// One split of one tile.
+struct Work {
+  TileGrid::Tile tile;
+  int first_stage, stages;
+
+  __device__ Work(const GemmParams& params, int index) {
+    const int number = index / params.splits, split = index - number * params.splits;
+    tile = params.grid.tile(number);
+    const int per_split = (params.stages + params.splits - 1) / params.splits;
+    first_stage = split * per_split;
+    stages = min(per_split, params.stages - first_stage);
+  }
+};
+
+/// Arithmetic of a tile of pixels, and where its sums go: kSlabs slabs of 64 rows a warpgroup, kColumns columns.
+template <class ElementType, int kSlabCount, int kColumns, Filters kFilters>
+struct PixelTile {
   using Element = ElementType;
   using Writer = TileWriter<Slab<Element>, BoxPlaces>;
-  static constexpr WideTileShape shape = pixel_tile_shape(kTile);
-  static constexpr int kStages = shape.stages, kN = shape.block_n;
-  static constexpr int kSlabs = shape.group_m() / 64;                                 // of 64 rows: one wgmma
+  static constexpr int kSlabs = kSlabCount, kN = kColumns;
   static constexpr int kRowBytes = 2 * kSwizzleRow, kBlock = kSwizzleRow * kRowBytes; // 64 rows
   static constexpr int kSteps = kSwizzleRow / 16;
-
-  struct Stage {
-    alignas(kPatternBytes) unsigned char pixels[shape.block_m * kRowBytes];
-    alignas(kPatternBytes) unsigned char filters[shape.block_n * kRowBytes];
-  };
-  struct Shared {
-    Stage stages[kStages];
-    alignas(128) unsigned char staging[kConsumers][Writer::kStagingBytes];
-    StageBarriers<kStages> barriers;
-  };
-  static_assert(sizeof(Shared) <= 227 * 1024);
 
   struct Sums {
     float values[kSlabs][kN / 8][4];
@@ -135,87 +136,41 @@ struct WideGemm {
     }
   }
 
-  /// Starts sums = (accumulate ? sums : 0) + this warpgroup's rows of the stage.
-  static __device__ __forceinline__ void multiply_stage(Sums& sums, const Stage& stage, bool accumulate) {
-    const int first_row = threadIdx.x / kGroupThreads * shape.group_m();
-    const uint64_t pixels = row_descriptor(stage.pixels + first_row * kRowBytes);
-    const uint64_t filters = kFilters == Filters::rows ? row_descriptor(stage.filters) : column_descriptor(stage.filters, kBlock);
+  /// Starts sums = (accumulate ? sums : 0) + 64 channels of pixels, a descriptor a slab, times those of the filters.
+  static __device__ __forceinline__ void multiply_slabs(Sums& sums, const uint64_t (&pixels)[kSlabs],
+                                                        const unsigned char* filter_tile, bool accumulate) {
+    const uint64_t filters = kFilters == Filters::rows ? row_descriptor(filter_tile) : column_descriptor(filter_tile, kBlock);
     constexpr uint64_t filter_step = kFilters == Filters::rows ? kRowStep : kColumnStep;
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {
-        multiply(sums.values[slab], pixels + slab * (kBlock >> 4) + step * kRowStep, filters + step * filter_step,
-                 accumulate || step > 0);
+        multiply(sums.values[slab], pixels[slab] + step * kRowStep, filters + step * filter_step, accumulate || step > 0);
       }
     }
     ptx::wgmma_commit();
   }
 
-  /// One split of one tile.
-  struct Work {
-    TileGrid::Tile tile;
-    int first_stage, stages;
-
-    __device__ Work(const GemmParams& params, int index) {
-      const int number = index / params.splits, split = index - number * params.splits;
-      tile = params.grid.tile(number);
-      const int per_split = (params.stages + params.splits - 1) / params.splits;
-      first_stage = split * per_split;
-      stages = min(per_split, params.stages - first_stage);
-    }
-  };
-
-  /// One thread: all boxes of all the work of this block.
-  static __device__ void produce(Shared& shared, const GemmParams& params) {
-    ptx::prefetch_tensormap(&params.source);
-    ptx::prefetch_tensormap(&params.filters);
-    StageCursor<kStages> at;
-    for (int index = blockIdx.x; index < params.grid.tiles * params.splits; index += gridDim.x) {
-      const Work work(params, index);
-      const BoxWalk::Pixel pixel = work.tile.pixel;
-      for (int i = 0; i < work.stages; ++i) {
-        const int block = (work.first_stage + i) / 9, tap = work.first_stage + i - block * 9;
-        // A fresh barrier counts as past its odd phase: the first round does not wait.
-        wait_phase(shared.barriers.empty[at.stage], at.parity ^ 1u);
-        ptx::Mbarrier* full = &shared.barriers.full[at.stage];
-        ptx::mbarrier_arrive_expect_tx(full, sizeof(Stage));
-        Stage& stage = shared.stages[at.stage];
-        ptx::tma_load_4d(stage.pixels, &params.source, full, block * kSwizzleRow, pixel.w + tap % 3 - 1, pixel.h + tap / 3 - 1,
-                         pixel.n);
-        load_filters(stage, params, full, work.tile.channel_tile * kN, block * kSwizzleRow, tap);
-        at.next();
-      }
-    }
-  }
-
   /// `column`: first channel of the product's columns; `reduced`: first of the reduction.
-  static __device__ __forceinline__ void load_filters(Stage& stage, const GemmParams& params, ptx::Mbarrier* full, int column,
+  static __device__ __forceinline__ void load_filters(unsigned char* to, const GemmParams& params, ptx::Mbarrier* full, int column,
                                                       int reduced, int tap) {
     if constexpr (kFilters == Filters::rows) {
-      ptx::tma_load_3d(stage.filters, &params.filters, full, reduced, tap, column);
+      ptx::tma_load_3d(to, &params.filters, full, reduced, tap, column);
     } else {
       for (int part = 0; part < kN / kSwizzleRow; ++part) {
-        ptx::tma_load_3d(stage.filters + part * kBlock, &params.filters, full, column + part * kSwizzleRow, 8 - tap, reduced);
+        ptx::tma_load_3d(to + part * kBlock, &params.filters, full, column + part * kSwizzleRow, 8 - tap, reduced);
       }
     }
   }
 
-  /// A warpgroup: its half of the rows of all tiles of this block.
-  static __device__ void consume(Shared& shared, const GemmParams& params) {
-    const int group = threadIdx.x / kGroupThreads;
-    StageCursor<kStages> at;
-    for (int index = blockIdx.x; index < params.grid.tiles * params.splits; index += gridDim.x) {
-      Sums sums;
-      const Work work(params, index);
-      consume_stages(shared.barriers, at, work.stages,
-                     [&](int stage, bool accumulate) { multiply_stage(sums, shared.stages[stage], accumulate); });
-      if (params.splits > 1) {
-        store_partials(sums, params, index, group);
-      } else {
-        store(sums, shared.staging[group], params, work.tile, group);
-      }
+  /// To the output, or with splits to the workspace.
+  static __device__ __forceinline__ void finish(const Sums& sums, unsigned char* staging, const GemmParams& params,
+                                                const TileGrid::Tile& tile, int index, int group) {
+    if (params.splits > 1) {
+      store_partials(sums, params, index, group);
+    } else {
+      store(sums, staging, params, tile, group);
     }
   }
 
@@ -237,7 +192,7 @@ struct WideGemm {
                                                const TileGrid::Tile& tile, int group) {
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-      const BoxPlaces places{params.grid, tile.pixel, group * shape.group_m() + slab * 64};
+      const BoxPlaces places{params.grid, tile.pixel, (group * kSlabs + slab) * 64};
 #pragma unroll
       for (int part = 0; part < kN / 64; ++part) {
         typename Slab<Element>::Accumulators values;
@@ -251,6 +206,72 @@ struct WideGemm {
         group_barrier(); // what was staged before is stored
         Writer(params.epilogue, staging, places, tile.channel_tile * kN + part * 64).write(values);
       }
+    }
+  }
+};
+
+/// Shared memory and main loop of one tile whose stages hold the pixels as one tap sees them.
+template <class ElementType, WideTile kTile, Filters kFilters>
+struct WideGemm {
+  static constexpr WideTileShape shape = pixel_tile_shape(kTile);
+  using Tile = PixelTile<ElementType, shape.group_m() / 64, shape.block_n, kFilters>;
+  static constexpr int kStages = shape.stages, kN = Tile::kN, kRowBytes = Tile::kRowBytes;
+
+  struct Stage {
+    alignas(kPatternBytes) unsigned char pixels[shape.block_m * kRowBytes];
+    alignas(kPatternBytes) unsigned char filters[shape.block_n * kRowBytes];
+  };
+  struct Shared {
+    Stage stages[kStages];
+    alignas(128) unsigned char staging[kConsumers][Tile::Writer::kStagingBytes];
+    StageBarriers<kStages> barriers;
+  };
+  static_assert(sizeof(Shared) <= 227 * 1024);
+
+  /// This warpgroup's rows of the stage.
+  static __device__ __forceinline__ void multiply_stage(typename Tile::Sums& sums, const Stage& stage, bool accumulate) {
+    const int first_row = threadIdx.x / kGroupThreads * shape.group_m();
+    uint64_t pixels[Tile::kSlabs];
+#pragma unroll
+    for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+      pixels[slab] = row_descriptor(stage.pixels + first_row * kRowBytes) + slab * (Tile::kBlock >> 4);
+    }
+    Tile::multiply_slabs(sums, pixels, stage.filters, accumulate);
+  }
+
+  /// One thread: all boxes of all the work of this block.
+  static __device__ void produce(Shared& shared, const GemmParams& params) {
+    ptx::prefetch_tensormap(&params.source);
+    ptx::prefetch_tensormap(&params.filters);
+    StageCursor<kStages> at;
+    for (int index = blockIdx.x; index < params.grid.tiles * params.splits; index += gridDim.x) {
+      const Work work(params, index);
+      const BoxWalk::Pixel pixel = work.tile.pixel;
+      for (int i = 0; i < work.stages; ++i) {
+        const int block = (work.first_stage + i) / 9, tap = work.first_stage + i - block * 9;
+        // A fresh barrier counts as past its odd phase: the first round does not wait.
+        wait_phase(shared.barriers.empty[at.stage], at.parity ^ 1u);
+        ptx::Mbarrier* full = &shared.barriers.full[at.stage];
+        ptx::mbarrier_arrive_expect_tx(full, sizeof(Stage));
+        Stage& stage = shared.stages[at.stage];
+        ptx::tma_load_4d(stage.pixels, &params.source, full, block * kSwizzleRow, pixel.w + tap % 3 - 1, pixel.h + tap / 3 - 1,
+                         pixel.n);
+        Tile::load_filters(stage.filters, params, full, work.tile.channel_tile * kN, block * kSwizzleRow, tap);
+        at.next();
+      }
+    }
+  }
+
+  /// A warpgroup: its half of the rows of all tiles of this block.
+  static __device__ void consume(Shared& shared, const GemmParams& params) {
+    const int group = threadIdx.x / kGroupThreads;
+    StageCursor<kStages> at;
+    for (int index = blockIdx.x; index < params.grid.tiles * params.splits; index += gridDim.x) {
+      typename Tile::Sums sums;
+      const Work work(params, index);
+      consume_stages(shared.barriers, at, work.stages,
+                     [&](int stage, bool accumulate) { multiply_stage(sums, shared.stages[stage], accumulate); });
+      Tile::finish(sums, shared.staging[group], params, work.tile, index, group);
     }
   }
 };

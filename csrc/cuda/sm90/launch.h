@@ -13,6 +13,9 @@ void forward(const Problem& problem, const Plan& plan, const ForwardPointers& po
 
 /// Pass::grad_input. With ReLU or pool it first writes the gradient before them to the workspace.
 void grad_input(const Problem& problem, const Plan& plan, const GradInputPointers& pointers, cudaStream_t stream);
+/// The same with a plan of choose_plan_patch, Kernel::wgmma_patch.
+void forward_patch(const Problem& problem, const Plan& plan, const ForwardPointers& pointers, cudaStream_t stream);
+void grad_input_patch(const Problem& problem, const Plan& plan, const GradInputPointers& pointers, cudaStream_t stream);
 /// Pass::grad_weight; also grad_bias. The workspace holds partial results, then what grad_input's does.
 void grad_weight(const Problem& problem, const Plan& plan, const GradWeightPointers& pointers, cudaStream_t stream);
 
