@@ -158,12 +158,12 @@ static void few_filters(const Filters& w, float* packed) {
       }
 }
 
-// Output rows [h_begin, h_end) of image n, not pooled. scratch: an input row, then the products of three.
+// Output rows [h_begin, h_end) of image n; h_begin is even. scratch: an input row, the products of three, two rows to pool.
 template <class T>
 static void few_rows(const Image& x, const float* packed, const Output& out, int64_t n, int64_t h_begin, int64_t h_end,
                      float* scratch) {
   const int64_t pixels = x.w + 2, columns = few_columns(out.c), row_size = pixels * columns;
-  float *row = scratch, *products = scratch + round_up(pixels * x.c, 16);
+  float *row = scratch, *products = scratch + round_up(pixels * x.c, 16), *full = products + 3 * row_size;
   for (int64_t h = h_begin - 1; h <= h_end; ++h) {
     load_row<T>(x, n, h, row);
     float* of_row = products + (h + 3) % 3 * row_size;
@@ -180,15 +180,21 @@ static void few_rows(const Image& x, const float* packed, const Output& out, int
         });
       }
     if (h <= h_begin) continue; // output row h - 1 needs the rows around it
-    T* line = (T*)out.data + (n * out.h + h - 1) * out.w * out.c;
+    const int64_t y = h - 1;
+    const auto pixel = [&](int64_t w, int64_t k) {
+      float sum = 0;
+      for (int r = 0; r < 3; ++r)
+        for (int s = 0; s < 3; ++s) sum += products[(y - 1 + r + 3) % 3 * row_size + (w + s) * columns + (3 * r + s) * out.c + k];
+      sum += out.bias ? out.bias[k] : 0.f;
+      return out.relu && sum < 0.f ? 0.f : sum;
+    };
     for (int64_t w = 0; w < out.w; ++w)
-      for (int64_t k = 0; k < out.c; ++k) {
-        float sum = 0;
-        for (int r = 0; r < 3; ++r)
-          for (int s = 0; s < 3; ++s) sum += products[(h - 2 + r + 3) % 3 * row_size + (w + s) * columns + (3 * r + s) * out.c + k];
-        sum += out.bias ? out.bias[k] : 0.f;
-        from_float(out.relu && sum < 0.f ? 0.f : sum, line + w * out.c + k);
-      }
+      for (int64_t k = 0; k < out.c; ++k)
+        if (out.pool)
+          full[(y % 2 * out.w + w) * kBlock + k] = pixel(w, k);
+        else
+          from_float(pixel(w, k), (T*)out.data + ((n * out.h + y) * out.w + w) * out.c + k);
+    if (out.pool && y % 2 == 1) pool_row<T>(out, full, out.w * kBlock, kBlock, n, y / 2, 0, kBlock);
   }
 }
 

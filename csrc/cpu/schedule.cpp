@@ -12,8 +12,8 @@ namespace {
 // ---- direct ----
 
 // A block of output channels of which few are there is mostly zeros; all taps of four channels fill it.
-bool few_outputs(const Filters& w, const Output& out) {
-  return w.out <= 4 && w.in >= 16 && !out.pool;
+bool few_outputs(const Filters& w) {
+  return w.out <= 4 && w.in >= 16;
 }
 
 int64_t direct_workspace(const Kernels& k, const Image& x, const Filters& w) {
@@ -26,13 +26,13 @@ void forward_few(const Kernels& k, const Image& x, const Filters& w, const Outpu
   parallel(x.n * bands, [&](int64_t job) {
     const int64_t begin = job % bands * band;
     k.few_rows(x, packed, out, job / bands, begin, std::min(begin + band, x.h),
-               scratch((x.w + 2) * (x.c + 3 * columns) + 16 + k.width));
+               scratch((x.w + 2) * (x.c + 3 * columns) + 2 * x.w * k.block + 16 + k.width));
   });
 }
 
 void forward_direct(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* packed,
                     const Parallel& parallel) {
-  if (few_outputs(w, out)) return forward_few(k, x, w, out, packed, parallel);
+  if (few_outputs(w)) return forward_few(k, x, w, out, packed, parallel);
   const int64_t bands = ceil_div(x.h, plan.band);
   parallel(ceil_div(w.out, k.block), [&](int64_t b) { k.direct_filters(w, b, packed + b * 9 * x.c * k.block); });
   parallel(x.n * bands, [&](int64_t job) {
