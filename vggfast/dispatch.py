@@ -20,11 +20,15 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 
 
-def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensor("x", x)
     check_tensor("weight", weight)
     if bias is not None:
         check_tensor("bias", bias)
+
+
+def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_operands(x, weight, bias)
     if weight.dim() != 4 or weight.shape[2] != 3 or weight.shape[3] != 3:
         raise ValueError(f"weight: expected [C_out, C_in, 3, 3], got {list(weight.shape)}")
 
@@ -42,13 +46,6 @@ def why_not_max_pool2x2(x: Tensor) -> str:
     if reason or x.device.type == "cpu":
         return reason
     return why_not_cuda("max_pool", _pool_problem(x), x.device)
-
-
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_tensor("x", x)
-    check_tensor("weight", weight)
-    if bias is not None:
-        check_tensor("bias", bias)
 
 
 def why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:

@@ -96,7 +96,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
         TypeError: an argument is not a tensor.
         RuntimeError: whatever ``linear`` raises on such tensors.
     """
-    dispatch.check_linear(x, weight, bias)
+    dispatch.check_operands(x, weight, bias)
     if dispatch.why_not_linear(x, weight, bias):
         y = F.linear(x, weight, bias)
         return F.relu(y) if relu else y
@@ -134,7 +134,7 @@ def max_pool2x2_kernel(x: Tensor, *, gpu: Gpu | None = None) -> Decision:
 
 def linear_kernel(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gpu: Gpu | None = None) -> Decision:
     """Which kernel ``linear`` takes for these arguments, or would take on ``gpu``, and why not a faster one. Runs nothing."""
-    dispatch.check_linear(x, weight, bias)
+    dispatch.check_operands(x, weight, bias)
     return dispatch.decide_linear(x, weight, bias, gpu)
 
 
