@@ -297,6 +297,7 @@ def _train(
     data: str | None, output: Path | None, preset: str | None, said: dict[str, Any], resume: bool, overwrite: bool
 ) -> None:
     from vggfast.recipes.distributed import rank
+    from vggfast.recipes.memory import keep_freed_memory
     from vggfast.recipes.progress import ProgressBar
     from vggfast.recipes.train import fit
 
@@ -306,6 +307,7 @@ def _train(
         config = TrainConfig.resumed(folder, **said, **({"data": data} if data else {}))
     else:
         config = TrainConfig.recipe(data or "digits", preset, **said, output=folder)
+    keep_freed_memory()
     try:
         with ProgressBar(shown) as bar:
             result = fit(config, resume=resume, overwrite=overwrite, listener=bar)
