@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "conv3x3.h"
+#include "huge_pages.h"
 
 namespace vggfast {
 
@@ -27,13 +28,21 @@ inline DType dtype_of(const Tensor& t) {
   return DType::f16;
 }
 
+// A result in new memory. malloc gives a large one back to the system when it is freed, and the next one is then cleared anew.
+inline Tensor large_result(Tensor t) {
+  constexpr int64_t least = 4 << 20;
+  const int64_t bytes = t.numel() * int64_t(t.element_size());
+  if (t.is_cpu() && bytes >= least) wish_huge_pages(t.mutable_data_ptr(), bytes);
+  return t;
+}
+
 // [N, C, H, W] in channels_last memory.
 inline Tensor empty_nhwc(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return torch::stable::empty(std::vector<int64_t>{n, c, h, w}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              torch::headeronly::MemoryFormat::ChannelsLast);
+  return large_result(torch::stable::empty(std::vector<int64_t>{n, c, h, w}, like.scalar_type(), std::nullopt, like.device(),
+                                           std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast));
 }
 inline Tensor empty_of(const Tensor& like, std::vector<int64_t> size, torch::headeronly::ScalarType type) {
-  return torch::stable::empty(size, type, std::nullopt, like.device());
+  return large_result(torch::stable::empty(size, type, std::nullopt, like.device()));
 }
 
 // Kernels read pixels as runs of channels. A tensor whose channels are not adjacent is copied; strides of size-1 dimensions mean

@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "huge_pages.h"
+
 namespace vggfast::cpu {
 
 class Memory {
@@ -29,15 +31,13 @@ public:
       throw std::bad_alloc();
     }
     data_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(base_) + page - 1) / page * page);
-#ifdef MADV_HUGEPAGE
-    madvise(data_, rounded, MADV_HUGEPAGE); // a wish; failure changes nothing
-#endif
+    wish_huge_pages(data_, rounded);
     size_ = rounded / int64_t(sizeof(float));
     return data_;
   }
 
 private:
-  static constexpr int64_t page = 2 << 20;
+  static constexpr int64_t page = huge_page;
 
   void release() {
     if (base_) munmap(base_, mapped_);

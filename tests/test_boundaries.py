@@ -1,0 +1,67 @@
+"""Sizes at which the CPU kernels change their way: every number of channels around their blocks, images large enough to be stored
+past the caches, tiles enough for every part of a filter gradient's sum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import assert_same_bits, check_against_float64, integers, normal, problem
+
+from vggfast import _C, ops
+
+
+@pytest.fixture(params=_C.cpu_isas())
+def isa(request: pytest.FixtureRequest) -> str:
+    _C.set_cpu_isa(request.param)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("algo", ["winograd", "direct"])
+@pytest.mark.parametrize("channels", range(1, 73))
+def test_every_number_of_channels(isa: str, algo: str, channels: int) -> None:
+    _C.set_conv_algo(algo)
+    for c_in, c_out in ((channels, 18), (17, channels)):
+        x, weight, bias = problem(1, c_in, c_out, 6, 9, grad=True, seed=channels)
+        check_against_float64(x, weight, bias, normal(1, c_out, 6, 9), relu=True, pool=False, algo=algo)
+
+
+@pytest.mark.parametrize("c_out", [16, 24, 33, 48])
+@pytest.mark.parametrize("algo", ["winograd", "direct"])
+def test_outputs_larger_than_the_caches(isa: str, algo: str, c_out: int) -> None:
+    """Stores that pass the caches need whole, aligned vectors: only some numbers of channels have them at every pixel."""
+    _C.set_conv_algo(algo)
+    size = 2 * int((5 << 18) / c_out) ** 0.5 // 2  # 5 MB
+    h, w = int(size), int(size) + 3
+    x, weight, bias = problem(1, 16, c_out, h, w)
+    assert c_out * h * w * 4 > 4 << 20
+    for moved in (False, True):
+        if moved:  # another alignment of the input
+            x = torch.cat([normal(1, 1, h, w), x], 1)[:, 1:]
+        y = ops.conv3x3(x, weight, bias)
+        exact = torch.relu(torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1))
+        assert float((y.double() - exact).norm() / exact.norm()) < 1e-6
+
+
+@pytest.mark.parametrize(("n", "h", "w"), [(1, 92, 93), (3, 52, 55), (7, 36, 40)])
+def test_filter_gradients_of_many_tiles(isa: str, n: int, h: int, w: int) -> None:
+    """Four parts of the tiles are summed apart, and no part may be lost or counted twice."""
+    for algo in ("winograd", "direct"):
+        _C.set_conv_algo(algo)
+        x, weight, bias = problem(n, 16, 20, h, w, grad=True)
+        check_against_float64(x, weight, bias, normal(n, 20, h, w), relu=True, pool=False, algo=algo)
+        # Of one image or tile at a time, too: an error in one part is a small share of the whole sum's norm.
+        for _ in range(3):
+            spot = torch.zeros(n, 20, h, w)
+            at = [int(torch.randint(size, ())) for size in (n, h, w)]
+            spot[at[0], :, at[1], at[2]] = 1.0
+            grad = torch.autograd.grad(ops.conv3x3(x, weight, bias, relu=False), weight, spot)[0]
+            exact = torch.nn.functional.pad(x.detach()[at[0]], (1, 1, 1, 1))[:, at[1] : at[1] + 3, at[2] : at[2] + 3]
+            assert (grad - exact).abs().max() < 1e-5 * x.abs().max()
+
+
+def test_direct_sums_past_the_caches_have_torchs_bits(isa: str) -> None:
+    _C.set_conv_algo("direct")
+    x, weight = integers(1, 5, 210, 211), integers(24, 5, 3, 3)
+    assert_same_bits(
+        ops.conv3x3(x, weight, relu=False) + 0, torch.nn.functional.conv2d(x, weight, padding=1) + 0, "y"
+    )
