@@ -320,8 +320,8 @@ MUTATIONS = {
     "patch: splits begin at taps": (
         "forward_patch",
         PATCH,
-        "(work.first_stage + i) * kSwizzleRow",
-        "(work.first_stage + i) / 9 * kSwizzleRow",
+        "(work.first_stage + i) * Tile::kDepth",
+        "(work.first_stage + i) / 9 * Tile::kDepth",
         check_patch_splits,
     ),
     "grad_weight: taps of a row exchanged": (
