@@ -80,7 +80,8 @@ struct OperandReader {
     for (int row = 0; row < rows; ++row) {
       for (int k = 0; k < depth; k += chunk_elements) {
         const int m = first + row;
-        const uint32_t address = at.start + static_cast<uint32_t>(m % 8 * 128 + k * size) + static_cast<uint32_t>(m / 8) * at.stride;
+        const uint32_t address =
+            at.start + static_cast<uint32_t>(m % 8 * 128 + k * size) + static_cast<uint32_t>(m / 8) * at.stride;
         chunk(address, to + k * rows + row, rows);
       }
     }

@@ -30,7 +30,7 @@ struct WeightGemm {
   static constexpr int kStages = shape.stages, kN = shape.block_n;
   static constexpr int kParts = weight_tile_parts(kTile);
   static constexpr int kBlockBytes = kStageDepth * kRowBytes; // 64 pixels of 64 channels
-  static constexpr int kSteps = kStageDepth / 16 / kParts;          // of a warpgroup in a stage
+  static constexpr int kSteps = kStageDepth / 16 / kParts;    // of a warpgroup in a stage
   static_assert(shape.block_m / 64 * kParts == kConsumers);
 
   struct Stage {

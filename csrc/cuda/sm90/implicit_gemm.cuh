@@ -1,7 +1,7 @@
 // The persistent, warp-specialised implicit GEMM of forward and grad_input: one thread brings boxes of pixels and filters
 // with the copy engine, two warpgroups multiply them. Rows of the product are pixels, columns channels; the reduction runs
-// over blocks of 64 channels (of fp32 32: 128 bytes) and, inside, the nine taps. A tap is the same box at shifted coordinates: what the copy
-// engine fills in outside the image is the padding.
+// over blocks of 64 channels (of fp32 32: 128 bytes) and, inside, the nine taps. A tap is the same box at shifted coordinates: what
+// the copy engine fills in outside the image is the padding.
 #pragma once
 
 #include "cuda/sm90/consumers.cuh"

@@ -11,7 +11,8 @@ namespace vggfast::cuda::sm90 {
 /// Pass::forward. x is dense NHWC: its strides are not read.
 void forward(const Problem& problem, const Plan& plan, const ForwardPointers& pointers, cudaStream_t stream);
 
-/// Pass::grad_input. With ReLU or pool it first writes the gradient before them to the workspace, for fp32 also a copy of the filters.
+/// Pass::grad_input. With ReLU or pool it first writes the gradient before them to the workspace, for fp32 also a copy of the
+/// filters.
 void grad_input(const Problem& problem, const Plan& plan, const GradInputPointers& pointers, cudaStream_t stream);
 /// The same with a plan of choose_plan_patch, Kernel::wgmma_patch; 16-bit tensors.
 void forward_patch(const Problem& problem, const Plan& plan, const ForwardPointers& pointers, cudaStream_t stream);

@@ -53,9 +53,9 @@ CUtensorMap make_tensor_map(const char* name, DType dtype, const void* base, con
     element_strides[i] = 1;
   }
   CUtensorMap map;
-  const CUresult result =
-      encode(&map, map_type(dtype), kRank, const_cast<void*>(base), extents, strides + 1, box, element_strides,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(&map, map_type(dtype), kRank, const_cast<void*>(base), extents, strides + 1, box, element_strides,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error(std::string("vggfast: tensor map of ") + name + ": cuTensorMapEncodeTiled refused it with error " +
                              std::to_string(static_cast<int>(result)));
