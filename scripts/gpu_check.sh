@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in under nine minutes: builds in place, calls every kernel of each set that the GPU runs (sm80, and
 # on Hopper sm90 and sm90patch) once, then measures with sm90 (or what ran of it and sm80; sm90patch stands beside it layer by layer):
-# layers beside cuDNN, networks, memory, predicted against measured. With what time is left it runs the tests on the device and compute-sanitizer over every kernel; the steps that found no time
-# are a second run's: scripts/gpu_check.sh --only 'build|kernel|errors|layouts|numbers|runtime|check$' OUT_DIR
+# layers beside cuDNN, some of them in TF32, networks, memory, predicted against measured. With what time is left it runs a network in
+# TF32, the tests on the device and compute-sanitizer over every kernel; the steps that found no time are a second run's:
+# scripts/gpu_check.sh --only 'build|kernel|inference-tf32|errors|layouts|numbers|runtime|check$' OUT_DIR
 # Needs no network: Python with torch's CUDA build, nvcc and pytest must be there.
 #
 #     scripts/gpu_check.sh [--dry] [--only REGEX] OUT_DIR
@@ -170,8 +171,10 @@ step layers-batch32 35 60 gpu "${record[@]}" --part layers --only "$steps 32" --
 step memory 25 60 gpu "${record[@]}" --part memory --only "training .* batch 256" --against torch
 step inference-batch32 25 45 gpu "${record[@]}" --part inference --only "vgg16 .* bf16 batch 32" --against torch,cudagraph,jax
 step training-batch32 25 45 gpu "${record[@]}" --part training --only "vgg16 .* batch 32" --against torch,cudagraph,jax
+step layers-tf32 12 30 gpu "${record[@]}" --part layers --only "conv._2 (forward|grad_input) fp32 batch 32" --against torch,cudnn --seconds 20
 step predicted 5 15 gpu bash -c '"$python" benchmarks/predicted.py "$out"/results/*/'
-step compiled 45 200 gpu "${record[@]}" --part compiled --seconds 60
+step compiled 45 200 gpu "${record[@]}" --part compiled --seconds 40
+step inference-tf32 20 45 gpu "${record[@]}" --part inference --only "vgg16 .* fp32 batch 32" --against torch,cudagraph
 for ((i = ${#plans[@]} - 1; i >= 0; --i)); do
   plan=${plans[i]}
   export VGGFAST_CUDA_PLAN=$plan

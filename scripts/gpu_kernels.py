@@ -39,8 +39,9 @@ def expected_kernels(plan: str) -> set[str]:
             f"{d} {step} patch {tile}" for d in DTYPES[:2] for step in ("forward", "grad_input") for tile in PATCH_TILES
         }
     if plan == "sm90":
-        found = {f"{d} {step} {tile}" for d in DTYPES[:2] for step, tiles in SM90_TILES.items() for tile in tiles}
-        return found | {f"{d} finish_splits" for d in DTYPES[:2]}
+        found = {f"{d} {step} {tile}" for d in DTYPES for step, tiles in SM90_TILES.items() for tile in tiles}
+        found -= {f"{torch.float32} grad_weight {tile}" for tile in SM90_TILES["grad_weight"]}  # sm80's
+        return found | {f"{d} finish_splits" for d in DTYPES} | {f"{torch.float32} mirror_filters"}
     found = {f"{d} {step} {tile}" for d in DTYPES for step, tiles in SM80_TILES.items() for tile in tiles}
     found -= {f"{torch.float32} grad_weight m128n128"}  # has too few registers for that
     return found | {f"{d} {name}" for d in DTYPES for name in ("first_layer", "pointwise")}
@@ -60,6 +61,8 @@ def planned_kernels(p: Problem, gpu: Gpu, plan: str) -> set[str]:
             found.add(f"{p.dtype} unmasked grad_input {tile[1]}")
         if kernel.startswith("wgmma") and step != "grad_weight" and "splits=1" not in rest:
             found.add(f"{p.dtype} finish_splits")
+        if kernel == "wgmma" and step == "grad_input" and p.dtype == torch.float32:
+            found.add(f"{p.dtype} mirror_filters")
     return found
 
 

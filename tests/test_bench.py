@@ -253,6 +253,17 @@ def test_bfloat16_training_may_have_twice_torchs_own_error(lab):
     assert "relative error of b: expected at most 8.0e-03" in judged["refused"]
 
 
+def test_float32_on_a_gpu_is_judged_as_tf32():
+    case = Case("conv3_2", "forward", 32, "fp32", "cuda")
+    assert "refused" not in measure.judge(Entry("x", VGGFAST, case), {"y": 4e-4}, {}, True)
+    assert "expected at most 6.3e-04" in measure.judge(Entry("x", VGGFAST, case), {"y": 7e-4}, {}, True)["refused"]
+    bits = torch.randn(1, 64, 12, 12), torch.randn(64, 64, 3, 3)
+    rounded = [((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double() for t in bits]
+    exact = torch.nn.functional.conv2d(*(t.double() for t in bits))
+    error = (torch.nn.functional.conv2d(*rounded) - exact).norm() / exact.norm()
+    assert 1e-4 < error < measure.TOLERANCES["layer", "tf32"] / 2
+
+
 def test_a_process_that_dies_is_reported_with_its_status():
     with (
         Worker("dies", 1) as worker,

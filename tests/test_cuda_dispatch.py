@@ -58,11 +58,18 @@ def test_hopper_kernels_where_they_fit_and_the_others_elsewhere() -> None:
     for step in ("grad_input", "grad_weight"):
         assert decide(step, LAYER, hopper, "sm90", NO_TF32).kernel.startswith("cuda sm90 wgmma tile=")
     assert decide("forward", LAYER, hopper, "sm80", NO_TF32).kernel.startswith("cuda sm80 implicit_gemm")
-    for p, gpu, reason in (
-        (LAYER, A100, "not wgmma: wgmma exists only on compute capability 9.0"),
-        (LAYER._replace(dtype=torch.float32), hopper, "not wgmma: fp32"),
+    tf32 = LAYER._replace(dtype=torch.float32)
+    for step in ("forward", "grad_input"):
+        for plan in ("sm90", "sm90patch"):
+            decision = decide(step, tf32, hopper, plan, "")
+            assert decision.kernel.startswith("cuda sm90 wgmma tile=")
+            assert decision.reason.endswith("float32 is multiplied in TF32")
+        assert decide(step, tf32, hopper, "sm90", NO_TF32) == (False, "aten", NO_TF32)
+    for step, p, gpu, reason in (
+        ("forward", LAYER, A100, "not wgmma: wgmma exists only on compute capability 9.0"),
+        ("grad_weight", tf32, hopper, "not wgmma: fp32"),
     ):
-        decision = decide("forward", p, gpu, "sm90", "")
+        decision = decide(step, p, gpu, "sm90", "")
         assert decision.kernel.startswith("cuda sm80 implicit_gemm")
         assert reason in decision.reason
     assert decide("max_pool", LAYER, hopper, "sm90", NO_TF32).kernel == "cuda sm80 pointwise"

@@ -33,6 +33,16 @@ def test_operations_bytes_and_times_of_one_layer() -> None:
     assert p.bound == "tensor cores"
 
 
+def test_tf32_has_half_the_rate_and_twice_the_bytes() -> None:
+    ceilings = Ceilings(tflops=1000, dram_tb=4, l2_bytes=50, ghz=2, sms=132)
+    (half,), (p,) = (
+        predict(Explanation((dataclasses.replace(ROW, dtype=d),)), ceilings) for d in ("bfloat16", "float32")
+    )
+    assert p.flop == half.flop
+    assert p.tensor_us == pytest.approx(2 * half.tensor_us)
+    assert p.l2_us == pytest.approx(2 * half.l2_us)
+
+
 def test_a_patch_is_fetched_once_for_nine_taps() -> None:
     ceilings = Ceilings(tflops=1000, dram_tb=4, l2_bytes=50, ghz=2, sms=132)
     kernel = KERNEL.replace("wgmma ", "wgmma_patch ")

@@ -20,7 +20,7 @@ __all__ = ["Ceilings", "Prediction", "Step", "predict", "predict_step", "table"]
 class Ceilings:
     """What the model divides by. The defaults are assumptions about an H200, to be replaced by what the GPU at hand shows."""
 
-    tflops: float = 788  # bf16 and fp16 tensor cores, dense
+    tflops: float = 788  # bf16 and fp16 tensor cores, dense; TF32 has half of it
     dram_tb: float = 4.3  # TB/s
     l2_bytes: float = 32  # to one SM, a clock
     ghz: float = 1.755
@@ -69,6 +69,11 @@ class Step:
     bytes: int
 
     @property
+    def row(self) -> int:
+        """Channels in 128 bytes, which a stage of forward and grad_input reduces."""
+        return 128 // self.bytes
+
+    @property
     def flop(self) -> int:
         return 18 * self.n * self.h * self.w * self.c * self.k
 
@@ -92,7 +97,8 @@ _PLAN = re.compile(
 def predict_step(name: str, kernel: str, step: str, p: Step, ceilings: Ceilings) -> Prediction:
     """Of "forward", "grad_input" or "grad_weight" on the `kernel` that `explain` names, with its plan."""
     plan = _PLAN.search(kernel)
-    tensor = p.flop / (ceilings.tflops * 1e6)
+    rate = ceilings.tflops * 1e6 * 2 / p.bytes  # operations a microsecond
+    tensor = p.flop / rate
     l2, workspace = 0.0, 0
     if plan is not None:
         rows, columns, _, box_h, box_n, tiles_m, tiles_n, splits, blocks, workspace = map(int, plan.groups()[1:])
@@ -102,7 +108,7 @@ def predict_step(name: str, kernel: str, step: str, p: Step, ceilings: Ceilings)
         else:
             stage_bytes, stages, stage_flop = _stage(step, p, rows, columns, tiles_m * tiles_n, splits, blocks)
         busiest = stages * ceil(_items(step, tiles_m * tiles_n, splits, blocks) / ceilings.sms)
-        tensor = busiest * stage_flop / (ceilings.tflops * 1e6 / ceilings.sms)
+        tensor = busiest * stage_flop / (rate / ceilings.sms)
         l2 = busiest * stage_bytes / (ceilings.l2_bytes * ceilings.ghz * 1e3)
     dram = p.dram(step, workspace)
     return Prediction(name, step, p.flop, dram, tensor, dram / (ceilings.dram_tb * 1e6), l2)
@@ -119,8 +125,8 @@ def _stage(step: str, p: Step, rows: int, columns: int, tiles: int, splits: int,
         pixels = 64
         stages = ceil(p.n * p.h * p.w / pixels / (blocks // tiles))
         return 2 * pixels * (rows + 3 * columns), stages, 2 * pixels * rows * columns * 3
-    stages = ceil(9 * ceil((p.c if step == "forward" else p.k) / 64) / splits)
-    return 128 * (rows + columns), stages, 2 * 64 * rows * columns
+    stages = ceil(9 * ceil((p.c if step == "forward" else p.k) / p.row) / splits)
+    return 128 * (rows + columns), stages, 2 * p.row * rows * columns
 
 
 def _patch_stage(

@@ -69,7 +69,7 @@ inline PixelBox best_patch_box(int pixels, int64_t n, int64_t h, int64_t w) {
 /// Modelled clocks of one tile's 64 channels: nine products, or what they fetch.
 inline double patch_block_clocks(const PatchTileShape& shape, const PixelBox& box, bool stay) {
   const double bytes = 128.0 * (patch_rows(box) + (stay ? 0 : 9 * shape.block_n));
-  return std::max(9.0 * shape.block_m * shape.block_n * kStageDepth / kProductsPerClock, bytes / kL2BytesPerClock);
+  return std::max(9.0 * shape.block_m * shape.block_n * swizzle_row(DType::bf16) / kProductsPerClock, bytes / kL2BytesPerClock);
 }
 
 inline const char* patch_reason(int splits, bool stay) {
@@ -117,8 +117,12 @@ inline Plan choose_plan_patch(Pass pass, const Problem& p, const Device& device)
   using namespace plan_detail;
   const char* reason = unsupported(pass, p, device);
   reason = reason != nullptr ? reason : unsupported_sm90(pass, p, device);
-  reason =
-      reason == nullptr && pass == Pass::grad_weight ? "grad_weight shares its stages among the taps of a row already" : reason;
+  if (reason == nullptr && pass == Pass::grad_weight) {
+    reason = "grad_weight shares its stages among the taps of a row already";
+  }
+  if (reason == nullptr && p.dtype == DType::tf32) {
+    reason = "fp32: patches are of 16-bit elements";
+  }
   if (reason != nullptr) {
     Plan plan;
     plan.reason = reason;

@@ -16,9 +16,11 @@ struct WideTileShape {
   constexpr int group_m() const { return block_m / 2; }
 };
 
-/// Elements of the reduction in one stage: 64 of 16 bits are a row of the 128-byte swizzle (forward and grad_input), 64
-/// pixels four steps of wgmma (grad_weight).
-inline constexpr int kStageDepth = 64;
+/// Elements in a row of the 128-byte swizzle, which is what a stage of forward and grad_input reduces: 64 of 16 bits, 32 of fp32.
+/// Stages of both therefore have the same bytes, and take the tensor cores the same time: TF32 has half the rate.
+constexpr int swizzle_row(DType dtype) {
+  return 128 / element_bytes(dtype);
+}
 
 /// Of forward and grad_input: pixels x channels.
 constexpr WideTileShape pixel_tile_shape(WideTile tile) {
@@ -39,6 +41,9 @@ constexpr WideTileShape pixel_tile_shape(WideTile tile) {
     return {};
   }
 }
+
+/// Pixels of one stage of grad_weight: four steps of wgmma.
+inline constexpr int kStageDepth = 64;
 
 /// Taps of one filter row, which share the gradient's side of a stage.
 inline constexpr int kRowTaps = 3;
@@ -76,10 +81,10 @@ inline const char* unsupported_sm90(Pass pass, const Problem& p, const Device& d
   if (device.compute_capability != 90) {
     return "wgmma exists only on compute capability 9.0";
   }
-  if (p.dtype == DType::tf32) {
-    return "fp32: wgmma takes TF32 operands only along the reduction, and would truncate them";
+  if (p.dtype == DType::tf32 && pass == Pass::grad_weight) {
+    return "fp32: wgmma takes TF32 operands only with the reduction along their rows, and here it runs over pixels";
   }
-  if (p.c % 8 != 0) {
+  if (p.c % (16 / element_bytes(p.dtype)) != 0) {
     return "input channels are not a multiple of 16 bytes, as TMA's strides must be";
   }
   if (std::max({p.n, p.h, p.w}) >= coordinate_limit) {
@@ -133,9 +138,14 @@ inline int64_t grad_preact_bytes(const Problem& p) {
   return p.relu || p.pool ? p.n * p.h * p.w * p.k * element_bytes(p.dtype) : 0;
 }
 
-/// Stages of one tile's reduction: nine taps of every 64 channels.
+/// Bytes of grad_input's own copy of the filters, which TF32 needs: input channels as rows, output channels along them.
+inline int64_t mirrored_filter_bytes(const Problem& p) {
+  return p.dtype == DType::tf32 ? 9 * p.c * p.k * element_bytes(p.dtype) : 0;
+}
+
+/// Stages of one tile's reduction: nine taps of every 64 channels, of fp32 every 32.
 inline int pixel_stages(Pass pass, const Problem& p) {
-  return static_cast<int>(9 * ceil_div(pass == Pass::forward ? p.c : p.k, kStageDepth));
+  return static_cast<int>(9 * ceil_div(pass == Pass::forward ? p.c : p.k, swizzle_row(p.dtype)));
 }
 
 /// Of the sums that splits of forward and grad_input leave to their second pass.
@@ -179,7 +189,7 @@ inline TimedPlan plan_pixels_sm90(Pass pass, const Problem& p, const Device& dev
       clocks += splits > 1 ? double(partials) * kClocksPerPartialByte + kSecondPassClocks : 0;
       if (clocks < best.clocks) {
         candidate.blocks = std::min<int64_t>(items, device.sm_count);
-        candidate.workspace_bytes = partials + (pass == Pass::grad_input ? grad_preact_bytes(p) : 0);
+        candidate.workspace_bytes = partials + (pass == Pass::grad_input ? grad_preact_bytes(p) + mirrored_filter_bytes(p) : 0);
         candidate.reason =
             splits > 1 ? "few tiles: the reduction is split over the SMs that they leave idle" : pixel_tile_reason(tile);
         best = {candidate, clocks};

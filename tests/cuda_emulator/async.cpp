@@ -54,6 +54,18 @@ void for_chunks(const BulkCopy& copy, Visit visit) {
   }
 }
 
+/// Of fp32 words: to the nearest TF32. Which of two equally near ones the hardware takes is not documented; here it is the one
+/// away from zero, as cvt.rna. Infinities and NaN keep their upper bits.
+void round_to_tf32(uintptr_t words, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 4) {
+    uint32_t word;
+    std::memcpy(&word, reinterpret_cast<const void*>(words + at), 4);
+    const bool finite = (word & 0x7f800000u) != 0x7f800000u;
+    word = (finite ? word + 0x1000u : word) & 0xffffe000u;
+    std::memcpy(reinterpret_cast<void*>(words + at), &word, 4);
+  }
+}
+
 int64_t box_bytes(const TensorMap& map) {
   int64_t bytes = map.element_bytes;
   for (int i = 0; i < map.rank; ++i) {
@@ -220,6 +232,9 @@ void Machine::land_bulk_copy(size_t which) {
         fail(std::string("cp.async.bulk.tensor from global memory: ") + wrong, nullptr);
       }
       std::memcpy(reinterpret_cast<void*>(to), from, static_cast<size_t>(bytes));
+      if (copy.map.rounds_to_tf32) {
+        round_to_tf32(to, static_cast<size_t>(bytes));
+      }
     }
     shared.land_bulk_write(to, mbarrier_agent(copy.barrier), barrier.phase + 1);
   });
@@ -276,10 +291,12 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
   emulator::TensorMap decoded{};
   decoded.base = static_cast<const unsigned char*>(base);
   decoded.rank = static_cast<uint8_t>(rank);
-  decoded.element_bytes = 2;
+  const bool fp32 = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 || type == CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
+  decoded.element_bytes = fp32 ? 4 : 2;
+  decoded.rounds_to_tf32 = type == CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
   decoded.swizzle_bytes = static_cast<uint8_t>(16 << static_cast<int>(swizzle));
   decoded.magic = emulator::TensorMap::kMagic;
-  const bool known_type = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const bool known_type = fp32 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const bool known_mode = interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
   if (!known_type || !known_mode || rank < 1 || rank > 5 || reinterpret_cast<uintptr_t>(map) % 64 != 0 ||
       reinterpret_cast<uintptr_t>(base) % 16 != 0) {

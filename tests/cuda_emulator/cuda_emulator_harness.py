@@ -216,11 +216,13 @@ class Emulator:
         boxes = -(-w // box[0]) * -(-h // box[1]) * -(-case.n // box[2])
         if step != "grad_weight":
             plan.tiles_m, plan.tiles_n = boxes, -(-(case.k if step == "forward" else case.c) // columns)
-            stages = (1 if patch else 9) * -(-(case.c if step == "forward" else case.k) // 64)
+            channels = 128 // case.dtype.itemsize  # of a stage
+            stages = (1 if patch else 9) * -(-(case.c if step == "forward" else case.k) // channels)
             plan.splits = -(-stages // -(-stages // splits))
             plan.blocks = min(sms, plan.tiles_m * plan.tiles_n * plan.splits)
             partials = plan.tiles_m * plan.tiles_n * plan.splits * rows * columns * 4 if plan.splits > 1 else 0
-            plan.workspace_bytes = partials + (preact if step == "grad_input" else 0)
+            mirrored = 9 * case.c * case.k * 4 if case.dtype == torch.float32 else 0
+            plan.workspace_bytes = partials + (preact + mirrored if step == "grad_input" else 0)
             return plan
         plan.tiles_m, plan.tiles_n = -(-case.k // rows), 3 * -(-case.c // columns)
         splits = -(-boxes // -(-boxes // min(splits, boxes)))  # none is empty

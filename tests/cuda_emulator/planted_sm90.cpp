@@ -9,7 +9,7 @@
 namespace {
 
 using namespace vggfast::cuda;
-using sm90::kSwizzleRow, sm90::kRowStep, sm90::row_descriptor, sm90::wait_phase;
+using sm90::kRowStep, sm90::row_descriptor, sm90::wait_phase;
 
 enum class Bug : int {
   none,
@@ -43,6 +43,7 @@ enum class Bug : int {
   count,
 };
 
+constexpr int kRowElements = swizzle_row(DType::bf16);
 constexpr int kRows = 64, kBlocks = 5, kStages = 2, kThreads = 384; // the third warpgroup does nothing but hold registers
 constexpr int kTileRows = kRows + 8, kTileBytes = kTileRows * 128;
 
@@ -72,7 +73,7 @@ __device__ void produce(Shared& shared, const Params& params) {
     if (bug == Bug::too_many_arrivals && block == 1) {
       ptx::mbarrier_arrive(&shared.barriers.full[at.stage]);
     }
-    const int column = bug == Bug::coordinate_as_element_offset ? block * 2 * kSwizzleRow : block * kSwizzleRow;
+    const int column = bug == Bug::coordinate_as_element_offset ? block * 2 * kRowElements : block * kRowElements;
     ptx::tma_load_3d(shared.a[at.stage], &params.a, &shared.barriers.full[at.stage], column, 0, 0);
     at.next();
   }
@@ -208,7 +209,7 @@ int emu_planted_sm90_bugs() {
 const char* emu_planted_sm90(int bug, int shift, const void* a, float* out) {
   try {
     const sm90::MapDimension dimensions[] = {
-        {kBlocks * kSwizzleRow, 1, kSwizzleRow}, {1, kBlocks * kSwizzleRow, 1}, {kTileRows, kBlocks * kSwizzleRow, kTileRows}};
+        {kBlocks * kRowElements, 1, kRowElements}, {1, kBlocks * kRowElements, 1}, {kTileRows, kBlocks * kRowElements, kTileRows}};
     Params params{sm90::make_tensor_map("a", DType::bf16, a, dimensions), out, shift, static_cast<Bug>(bug)};
     if (params.bug == Bug::other_swizzle_in_map) {
       reinterpret_cast<emulator::TensorMap&>(params.a).swizzle_bytes = 64;

@@ -154,7 +154,7 @@ def test_asm_and_launches_stay_where_they_belong() -> None:
 
 # ---- The kernels of sm_90, for sm_90a alone.
 
-# wgmma instructions of one stage: steps of 16 elements, times slabs of 64 rows or taps of a filter row.
+# wgmma instructions of one stage: steps of 32 bytes, times slabs of 64 rows or taps of a filter row.
 WGMMA_PER_STAGE = {
     "forward": {"m256n64": 8, "m256n128": 8, "m128n256": 4, "m128n128": 4},
     "grad_input": {"m256n64": 8, "m256n128": 8, "m128n256": 4, "m128n128": 4},
@@ -164,6 +164,10 @@ WGMMA_PER_STAGE = {
 }
 
 
+ELEMENTS = ("BFloat16", "Float16")
+OTHER_KERNELS = [*(("finish_splits", element) for element in (*ELEMENTS, "TFloat32")), ("mirror_filters", "TFloat32")]
+
+
 @dataclasses.dataclass
 class WideKernel:
     kernel: Kernel
@@ -171,8 +175,13 @@ class WideKernel:
     opcodes: list[str]
 
     @property
-    def tile(self) -> str:
-        return WIDE_TILES[int(re.search(r"WideTileE(\d)", self.kernel.mangled)[1])]
+    def tile(self) -> str | None:
+        number = re.search(r"WideTileE(\d)", self.kernel.mangled)
+        return WIDE_TILES[int(number[1])] if number else None
+
+    @property
+    def element(self) -> str:
+        return re.search(r"BFloat16|TFloat32|Float16", self.kernel.mangled)[0]
 
 
 @pytest.fixture(scope="module")
@@ -203,12 +212,17 @@ def wide_kernels(tmp_path_factory: pytest.TempPathFactory) -> list[WideKernel]:
 
 def test_sm90_machine_code(wide_kernels: list[WideKernel]) -> None:
     """Tensor cores fed by the copy engine, no local memory, registers as the split between the warpgroups plans them."""
-    seconds = [wide.kernel for wide in wide_kernels if wide.kernel.name == "finish_splits"]
-    assert [kernel.stack + kernel.spill_stores for kernel in seconds] == [0, 0]  # bf16 and fp16
-    wide_kernels = [wide for wide in wide_kernels if wide.kernel not in seconds]
-    found = {(wide.kernel.name, wide.tile) for wide in wide_kernels}
-    assert found == {(name, tile) for name, tiles in WGMMA_PER_STAGE.items() for tile in tiles}
-    assert len(wide_kernels) == 2 * len(found)  # bf16 and fp16
+    others = [wide for wide in wide_kernels if wide.tile is None]
+    assert sorted((wide.kernel.name, wide.element) for wide in others) == OTHER_KERNELS
+    assert all(wide.kernel.stack == wide.kernel.spill_stores == 0 for wide in others)
+    wide_kernels = [wide for wide in wide_kernels if wide.tile is not None]
+    found = sorted((wide.kernel.name, wide.tile, wide.element) for wide in wide_kernels)
+    assert found == sorted(
+        (name, tile, element)
+        for name, tiles in WGMMA_PER_STAGE.items()
+        for tile in tiles
+        for element in (*ELEMENTS, *(["TFloat32"] if name in ("forward", "grad_input") else []))
+    )
     for wide in wide_kernels:
         kernel, label = wide.kernel, wide.kernel.mangled
         # ptxas says so when it has to serialise products, or ignores a register move.
@@ -218,6 +232,8 @@ def test_sm90_machine_code(wide_kernels: list[WideKernel]) -> None:
             for op in ("HGMMA", "UTMALDG", "USETMAXREG", "LDL", "STL", "HMMA")
         }
         assert counts["HGMMA"] == WGMMA_PER_STAGE[kernel.name][wide.tile], label
+        products = {code for code in wide.opcodes if code.startswith("HGMMA")}
+        assert all((".TF32" in code) == (wide.element == "TFloat32") for code in products), (label, products)
         assert counts["UTMALDG"] > 0, label
         assert counts["USETMAXREG"] == 2, label
         assert counts["LDL"] == counts["STL"] == counts["HMMA"] == kernel.stack == 0, label

@@ -127,6 +127,9 @@ def test_what_has_no_patch(emulator: Emulator) -> None:
     plan = emulator.patch_plan("grad_weight", Case(1, 8, 8, 64, 64), sms=132)
     assert KERNELS[plan.kernel] == "aten"
     assert b"shares its stages" in plan.reason
+    tf32 = emulator.patch_plan("forward", Case(1, 8, 8, 64, 64, torch.float32), sms=132)
+    assert KERNELS[tf32.kernel] == "aten"
+    assert b"16-bit" in tf32.reason
     assert KERNELS[emulator.patch_plan("forward", Case(1, 8, 8, 3, 64), sms=132).kernel] == "aten"
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
-from cuda_emulator_harness import KERNELS, WIDE_TILES, Case, Emulator, Plan
+from cuda_emulator_harness import KERNELS, WIDE_TILES, Case, Emulator, Plan, Saved
 from cuda_reference import (
     assert_close,
     convolution_gradients,
@@ -18,6 +19,7 @@ from cuda_reference import (
     make_saved,
     pack_argmax,
     pool_in_torch_order,
+    round_tf32,
     torch_like,
     torch_like_gradients,
 )
@@ -37,6 +39,7 @@ CASES = [
     Case(17, 3, 2, 8, 16),  # more images than a box has
 ]
 DTYPES = (torch.bfloat16, torch.float16)
+PIXEL_DTYPES = (*DTYPES, torch.float32)  # of forward and grad_input
 PIXEL_TILES = WIDE_TILES[:4]
 WEIGHT_TILES = WIDE_TILES[3:]
 
@@ -113,7 +116,7 @@ def check_grad_weight(emulator: Emulator, case: Case, tile: str, box: Box, *, sp
     assert_close(ours_bias, exact[2], theirs[2])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("dtype", PIXEL_DTYPES, ids=name)
 @pytest.mark.parametrize("tile", PIXEL_TILES)
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_forward(emulator: Emulator, case: Case, tile: str, dtype: torch.dtype) -> None:
@@ -122,7 +125,7 @@ def test_forward(emulator: Emulator, case: Case, tile: str, dtype: torch.dtype) 
     check_forward(emulator, case, tile, boxes(tile, case, case.pool)[dtype == torch.float16], splits=splits)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("dtype", PIXEL_DTYPES, ids=name)
 @pytest.mark.parametrize("tile", PIXEL_TILES)
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_grad_input(emulator: Emulator, case: Case, tile: str, dtype: torch.dtype) -> None:
@@ -177,17 +180,23 @@ def reduced(step: str, case: Case, planned: Planned) -> Case:
         boxes = planned.splits // (2 if rows == 64 else 1)
         n = boxes * box_n - (box_n > 1)
         return dataclasses.replace(case, n=n, h=max(2, box_h), w=box_w - (box_n == 1), c=40, k=72)
-    # Blocks of 64 channels, of nine stages each: the least that make so many splits, and more than one.
-    blocks = next(b for b in range(1, 9) if -(-9 * b // -(-9 * b // planned.splits)) == planned.splits)
-    deep, wide = 64 * blocks + 8 * (blocks == 1), min(case.k if step == "forward" else case.c, columns + 8)
+    # Blocks of a row of channels, of nine stages each: the least that make so many splits, and more than one.
+    blocks = next(b for b in range(1, 17) if -(-9 * b // -(-9 * b // planned.splits)) == planned.splits)
+    deep, wide = (
+        128 // case.dtype.itemsize * blocks + 8 * (blocks == 1),
+        min(case.k if step == "forward" else case.c, columns + 8),
+    )
     c, k = (deep, wide) if step == "forward" else (wide, deep)
     return dataclasses.replace(case, n=max(1, box_n - 1), h=box_h, w=box_w + 2, c=c, k=k)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("step", ["forward", "grad_input", "grad_weight"])
+CHECKS = {"forward": check_forward, "grad_input": check_grad_input, "grad_weight": check_grad_weight}
+PLANNED = [(s, d) for s in CHECKS for d in PIXEL_DTYPES if s != "grad_weight" or d in DTYPES]
+
+
+@pytest.mark.parametrize(("step", "dtype"), PLANNED, ids=name)
 def test_every_plan_of_vgg(emulator: Emulator, step: str, dtype: torch.dtype) -> None:
-    check = {"forward": check_forward, "grad_input": check_grad_input, "grad_weight": check_grad_weight}[step]
+    check = CHECKS[step]
     plans = vgg_plans(emulator, step, dtype)
     assert len(plans) > 20
     ran = set()
@@ -230,7 +239,7 @@ def test_results_do_not_depend_on_the_schedule(emulator: Emulator, seed: int) ->
         assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("dtype", PIXEL_DTYPES, ids=name)
 def test_ties_and_nan_in_pools(emulator: Emulator, dtype: torch.dtype) -> None:
     case = Case(2, 6, 12, 16, 16, dtype, relu=False, pool=True)
     x = few_values((2, 6, 12, 16), dtype)
@@ -258,10 +267,53 @@ def test_infinities_at_the_edge_reach_only_the_taps_that_read_them(emulator: Emu
     assert int(ours.isfinite().sum()) == 64  # the tap up and left never meets the last row or column
 
 
+# ---- TF32: what the operands are rounded to. Exact, because an error of one operand alone would pass for rounding.
+
+
+def off_the_grid(shape: tuple[int, ...], seed: int = 3) -> torch.Tensor:
+    """fp32 that TF32 does not hold, half of which truncation would get wrong; none in the middle between two, where the rule for ties
+    would matter."""
+    bits = torch.randint(0x3F000000, 0x41000000, shape, generator=torch.Generator().manual_seed(seed))
+    tied = (bits & 0x1FFF) == 0x1000
+    return (bits + tied.long()).to(torch.int32).view(torch.float32)
+
+
+def check_rounded_forward(emulator: Emulator, tile: str = "m256n64") -> None:
+    """Pixels under filters that copy them, and filters of a single pixel."""
+    case = Case(1, 5, 6, 40, 40, torch.float32, relu=False)
+    plan = emulator.wide_plan_like("forward", case, tile, (8, 8, int(tile[1:4]) // 64))
+    x, weight = off_the_grid((1, 5, 6, 40)), off_the_grid((40, 3, 3, 40))
+    y, _ = emulator.forward(case, x, identity_weight(40, torch.float32), None, plan=plan)
+    assert torch.equal(y, round_tf32(x))
+    one = torch.zeros_like(x)
+    one[0, 2, 3, 7] = 1
+    y, _ = emulator.forward(case, one, weight, None, plan=plan)
+    assert torch.equal(y[0, 1:4, 2:5], round_tf32(weight[..., 7]).permute(1, 2, 0).flip(0, 1))
+
+
+def check_rounded_grad_input(emulator: Emulator, tile: str = "m256n64") -> None:
+    case = Case(1, 5, 6, 40, 40, torch.float32, relu=False)
+    plan = emulator.wide_plan_like("grad_input", case, tile, (8, 8, int(tile[1:4]) // 64))
+    grad, weight = off_the_grid((1, 5, 6, 40)), off_the_grid((40, 3, 3, 40))
+    gx = emulator.grad_input(case, Saved(grad, None, None), identity_weight(40, torch.float32), plan=plan)
+    assert torch.equal(gx, round_tf32(grad))
+    one = torch.zeros_like(grad)
+    one[0, 2, 3, 7] = 1
+    gx = emulator.grad_input(case, Saved(one, None, None), weight, plan=plan)
+    assert torch.equal(gx[0, 1:4, 2:5], round_tf32(weight[7]))
+
+
+@pytest.mark.parametrize("check", [check_rounded_forward, check_rounded_grad_input])
+def test_operands_are_rounded_to_tf32(emulator: Emulator, check: Callable[[Emulator, str], None]) -> None:
+    check(emulator, "m256n64")
+    check(emulator, "m128n128")
+
+
 REFUSED = {
     "capability": (Case(1, 8, 8, 64, 64), "forward", (132, 80), "9.0"),
     "capability above": (Case(1, 8, 8, 64, 64), "forward", (132, 100), "9.0"),
-    "fp32": (Case(1, 8, 8, 64, 64, torch.float32), "forward", (132, 90), "TF32"),
+    "fp32": (Case(1, 8, 8, 64, 64, torch.float32), "grad_weight", (132, 90), "runs over pixels"),
+    "fp32, first layer": (Case(1, 8, 8, 3, 64, torch.float32), "forward", (132, 90), "multiple of 16 bytes"),
     "first layer": (Case(1, 8, 8, 3, 64), "forward", (132, 90), "multiple of 16 bytes"),
     "one column": (Case(1, 8, 1, 64, 64), "grad_weight", (132, 90), "one row or column"),
     "what no kernel takes": (Case(1, 8, 8, 64, 60), "forward", (132, 90), "output channels"),
@@ -281,4 +333,8 @@ def test_plans_print(emulator: Emulator) -> None:
     case = Case(64, 56, 56, 256, 256, pool=True)
     texts = [emulator.plan_text(emulator.wide_plan(step, case, sms=132)) for step in ("forward", "grad_weight")]
     assert texts[0].startswith("wgmma tile=m128n256 box=8x8x2 tiles=1568x1 splits=1 blocks=132 workspace=0: 128x256")
+    tf32 = dataclasses.replace(case, dtype=torch.float32)
+    text = emulator.plan_text(emulator.wide_plan("grad_input", tf32, sms=132))
+    workspace = 4 * (64 * 56 * 56 * 256 + 9 * 256 * 256)  # the gradient before the pool, the copy of the filters
+    assert text.startswith(f"wgmma tile=m128n256 box=8x8x2 tiles=1568x1 splits=1 blocks=132 workspace={workspace}: ")
     assert texts[1].startswith("wgmma tile=m128n128 box=8x8x1 tiles=2x6 splits=11 blocks=132 workspace=")

@@ -9,7 +9,11 @@ namespace emulator {
 namespace {
 
 constexpr uint32_t kPoison = 0xffc0dea1u;
-constexpr int kDepth = 16;
+constexpr int kStepBytes = 32; // of the reduction, in one product
+
+constexpr int element_bytes(MmaType type) {
+  return type == MmaType::tf32 ? 4 : 2;
+}
 
 bool same(const Product& a, const Product& b) {
   return a.type == b.type && a.columns == b.columns && a.transposed_a == b.transposed_a && a.transposed_b == b.transposed_b &&
@@ -34,13 +38,20 @@ Descriptor decode(uint64_t bits, bool anywhere, const void* code) {
   return out;
 }
 
-float widen(MmaType type, uint16_t bits) {
+/// The element at `from` as the tensor cores take it: of TF32 without the low 13 bits.
+float load_element(MmaType type, const unsigned char* from) {
   if (type == MmaType::f16) {
     _Float16 narrow;
-    std::memcpy(&narrow, &bits, 2);
+    std::memcpy(&narrow, from, 2);
     return static_cast<float>(narrow);
   }
-  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+  uint32_t word = 0;
+  if (type == MmaType::tf32) {
+    std::memcpy(&word, from, 4);
+    word &= 0xffffe000u;
+  } else {
+    std::memcpy(reinterpret_cast<unsigned char*>(&word) + 2, from, 2);
+  }
   float value;
   std::memcpy(&value, &word, 4);
   return value;
@@ -54,8 +65,9 @@ struct OperandReader {
 
   void read(uint64_t bits, bool transposed, int first, int rows, float* to) const {
     const Descriptor at = decode(bits, !transposed, product.code);
+    const int size = element_bytes(product.type), depth = kStepBytes / size, chunk_elements = 16 / size;
     if (transposed) {
-      for (int k = 0; k < kDepth; ++k) {
+      for (int k = 0; k < depth; ++k) {
         for (int row = 0; row < rows; row += 8) {
           const int m = first + row;
           const uint32_t address = at.start + static_cast<uint32_t>(m % 64 * 2 + k % 8 * 128) +
@@ -66,9 +78,10 @@ struct OperandReader {
       return;
     }
     for (int row = 0; row < rows; ++row) {
-      for (int k = 0; k < kDepth; k += 8) {
+      for (int k = 0; k < depth; k += chunk_elements) {
         const int m = first + row;
-        const uint32_t address = at.start + static_cast<uint32_t>(m % 8 * 128 + k * 2) + static_cast<uint32_t>(m / 8) * at.stride;
+        const uint32_t address =
+            at.start + static_cast<uint32_t>(m % 8 * 128 + k * size) + static_cast<uint32_t>(m / 8) * at.stride;
         chunk(address, to + k * rows + row, rows);
       }
     }
@@ -85,10 +98,9 @@ struct OperandReader {
     if (wrong != nullptr) {
       machine.fail(std::string("wgmma reads shared memory: ") + wrong, product.code);
     }
-    uint16_t elements[8];
-    std::memcpy(elements, reinterpret_cast<const void*>(from), sizeof elements);
-    for (int e = 0; e < 8; ++e) {
-      to[e * step] = widen(product.type, elements[e]);
+    const int size = element_bytes(product.type);
+    for (int e = 0; e < 16 / size; ++e) {
+      to[e * step] = load_element(product.type, reinterpret_cast<const unsigned char*>(from) + e * size);
     }
   }
 };
@@ -114,8 +126,8 @@ void execute(uint32_t warp, size_t group, size_t which, const Clock& clock) {
   Machine& machine = Machine::get();
   const uint32_t first_lane = warp * 32;
   const Product& product = machine.thread(first_lane).product_groups[group][which];
-  const int columns = product.columns;
-  static thread_local float a[kDepth * 16], b[kDepth * 256], sums[16 * 256];
+  const int columns = product.columns, depth = kStepBytes / element_bytes(product.type);
+  static thread_local float a[kStepBytes / 2 * 16], b[kStepBytes / 2 * 256], sums[16 * 256];
   const OperandReader reader{warp, clock, product};
   reader.read(product.a, product.transposed_a, static_cast<int>(warp % 4 * 16), 16, a);
   reader.read(product.b, product.transposed_b, 0, columns, b);
@@ -129,7 +141,7 @@ void execute(uint32_t warp, size_t group, size_t which, const Clock& clock) {
     }
   }
   for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < kDepth; ++k) {
+    for (int k = 0; k < depth; ++k) {
       add_row(sums + row * columns, b + k * columns, a[k * 16 + row], columns);
     }
   }
@@ -228,6 +240,9 @@ void wgmma(MmaType type, int columns, bool transposed_a, bool transposed_b, floa
   Machine& machine = Machine::get();
   Thread& thread = *machine.current();
   const Product product{type, columns, transposed_a, transposed_b, accumulate, a, b, d, __builtin_return_address(0)};
+  if (type == MmaType::tf32 && (transposed_a || transposed_b)) {
+    machine.fail("wgmma: TF32 takes operands with the reduction along their rows only", product.code);
+  }
   if (!thread.knows_fence) {
     machine.fail("wgmma: no wgmma.fence since the accumulators were ordinary registers", product.code);
   }

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vggfast.bench import cases
-from vggfast.bench.cases import DTYPES, GIVEN, OWN_ERROR, Case, Outputs
+from vggfast.bench.cases import GIVEN, OWN_ERROR, Case, Outputs
 from vggfast.bench.layers import Layer
 
 ELEMENTS = 1 << 28  # of the largest tensor that is in float64 at a time: 2 GiB
@@ -46,7 +46,7 @@ def _layer(subject: str, batch: int, dtype: str, device: str) -> Outputs:
     for x, grad in zip(torch.split(data.x, images), torch.split(data.grad, images), strict=True):
         x = x.double().permute(0, 2, 3, 1)
         before = _convolve(x, weight) + data.bias.double()
-        given, y, back = _pointwise(before, grad.double(), shape, DTYPES[case.dtype])
+        given, y, back = _pointwise(before, grad.double(), shape, cases.ROUNDING[case.products])
         parts[GIVEN].append(given.float())
         parts["y"].append(y.float())
         if shape.c_in != 3:

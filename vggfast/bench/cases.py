@@ -21,6 +21,7 @@ Task = Literal[
 LOSSES: tuple[Task, ...] = ("lpips", "perceptual")  # on features; see bench.perceptual
 LAYER_TASKS: tuple[Task, ...] = ("forward", "grad_input", "grad_weight", "forward+backward")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROUNDING = {**DTYPES, "tf32": torch.float16}  # whose eps is that of `Case.products`: TF32 has float16's mantissa
 GIVEN = "given grad of y"  # in a layer's reference: the gradient that buffer 0 gets
 OWN_ERROR = "torch's own error of "  # in a network's reference for training in bfloat16
 BUFFERS = 4  # inputs that are used in turn, so that none is still in a cache from the run before
@@ -52,6 +53,11 @@ class Case:
     @property
     def buffers(self) -> int:
         return GPU_BUFFERS if self.device == "cuda" and self.layer else BUFFERS
+
+    @property
+    def products(self) -> Literal["fp32", "bf16", "tf32"]:
+        """What convolutions multiply in: float32 on a GPU is TF32, unless torch's setting forbids it."""
+        return "tf32" if self.device == "cuda" and self.dtype == "fp32" else self.dtype
 
     @property
     def layer(self) -> Layer | None:
@@ -218,7 +224,7 @@ def _reference_layer(case: Case, layer: Layer) -> Outputs:
     """Everything that any task of the layer gives, so that one reference serves them all."""
     data = layer_data(case, 0).to(torch.float64)
     before = F.conv2d(data.x, data.weight, data.bias, padding=1)
-    data.grad *= decided(before, layer.pool, DTYPES[case.dtype])
+    data.grad *= decided(before, layer.pool, ROUNDING[case.products])
     inputs = differentiated(case.with_task("forward+backward"), data)
     y = plain_layer(data.x, data.weight, data.bias, layer.pool)
     gradients = torch.autograd.grad(y, list(inputs.values()), data.grad)

@@ -115,6 +115,11 @@ def _layers(device: str, full: bool) -> Iterator[Case]:
             for task in tasks:
                 if task != "grad_input" or layer.c_in != 3:  # images need no gradient
                     yield Case(layer.name, task, batch, dtype)
+    if device == "cuda" and full:  # TF32
+        for layer in VGG16_LAYERS:
+            for task in LAYER_TASKS[:3]:
+                if task != "grad_input" or layer.c_in != 3:
+                    yield Case(layer.name, task, 32, "fp32")
 
 
 def _memory(device: str, full: bool) -> Iterator[Case]:

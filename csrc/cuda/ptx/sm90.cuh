@@ -143,6 +143,12 @@ __device__ __forceinline__ void wgmma_wait() {
                ", %" tb ";\n}"                                                                                                     \
                : __VA_ARGS__                                                                                                       \
                : "l"(a_descriptor), "l"(b_descriptor), "r"(static_cast<int>(accumulate)), "n"(kTransposedA), "n"(kTransposedB))
+// TF32 has no transposed operands.
+#define VGGFAST_WGMMA_TF32(n, names, a, b, p, ...)                                                                                 \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" p ", 0;\n"                                                                     \
+               "wgmma.mma_async.sync.aligned.m64n" n "k8.f32.tf32.tf32 {" names "}, %" a ", %" b ", p, 1, 1;\n}"                   \
+               : __VA_ARGS__                                                                                                       \
+               : "l"(a_descriptor), "l"(b_descriptor), "r"(static_cast<int>(accumulate)))
 
 /// d = a b + (accumulate ? d : 0) on four warps: a 64x16 and b 16xkN through shared-memory descriptors, d 64xkN in the layout
 /// of mma.sync's fragments, warp w holding rows 16 w on. Transposed: the rows of the operand in memory run along the
@@ -174,6 +180,21 @@ __device__ __forceinline__ void wgmma_f16(float (&d)[kN / 8][4], uint64_t a_desc
   }
 }
 
+/// The same for TF32: a 64x8 and b 8xkN, both with the reduction along their rows. The low 13 bits of both are ignored.
+template <int kN>
+__device__ __forceinline__ void wgmma_tf32(float (&d)[kN / 8][4], uint64_t a_descriptor, uint64_t b_descriptor, bool accumulate) {
+  static_assert(kN == 64 || kN == 128 || kN == 256);
+  if constexpr (kN == 64) {
+    VGGFAST_WGMMA_TF32("64", VGGFAST_NAMES32, "32", "33", "34", VGGFAST_D32(d, 0));
+  } else if constexpr (kN == 128) {
+    VGGFAST_WGMMA_TF32("128", VGGFAST_NAMES64, "64", "65", "66", VGGFAST_D32(d, 0), VGGFAST_D32(d, 8));
+  } else {
+    VGGFAST_WGMMA_TF32("256", VGGFAST_NAMES128, "128", "129", "130", VGGFAST_D32(d, 0), VGGFAST_D32(d, 8), VGGFAST_D32(d, 16),
+                       VGGFAST_D32(d, 24));
+  }
+}
+
+#undef VGGFAST_WGMMA_TF32
 #undef VGGFAST_WGMMA
 #undef VGGFAST_NAMES128
 #undef VGGFAST_NAMES64

@@ -25,10 +25,13 @@ void forward_as(const Problem& problem, const Plan& plan, const ForwardPointers&
 } // namespace
 
 void forward(const Problem& problem, const Plan& plan, const ForwardPointers& pointers, cudaStream_t stream) {
-  if (problem.dtype == DType::bf16) {
-    forward_as<BFloat16>(problem, plan, pointers, stream);
-  } else {
-    forward_as<Float16>(problem, plan, pointers, stream);
+  switch (problem.dtype) {
+  case DType::bf16:
+    return forward_as<BFloat16>(problem, plan, pointers, stream);
+  case DType::fp16:
+    return forward_as<Float16>(problem, plan, pointers, stream);
+  case DType::tf32:
+    return forward_as<TFloat32>(problem, plan, pointers, stream);
   }
 }
 

@@ -25,10 +25,13 @@ void grad_input_as(const Problem& problem, const Plan& plan, const GradInputPoin
 } // namespace
 
 void grad_input(const Problem& problem, const Plan& plan, const GradInputPointers& pointers, cudaStream_t stream) {
-  if (problem.dtype == DType::bf16) {
-    grad_input_as<BFloat16>(problem, plan, pointers, stream);
-  } else {
-    grad_input_as<Float16>(problem, plan, pointers, stream);
+  switch (problem.dtype) {
+  case DType::bf16:
+    return grad_input_as<BFloat16>(problem, plan, pointers, stream);
+  case DType::fp16:
+    return grad_input_as<Float16>(problem, plan, pointers, stream);
+  case DType::tf32:
+    return grad_input_as<TFloat32>(problem, plan, pointers, stream);
   }
 }
 

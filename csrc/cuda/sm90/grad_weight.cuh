@@ -29,8 +29,8 @@ struct WeightGemm {
   static constexpr WideTileShape shape = weight_tile_shape(kTile);
   static constexpr int kStages = shape.stages, kN = shape.block_n;
   static constexpr int kParts = weight_tile_parts(kTile);
-  static constexpr int kBlockBytes = kStageDepth * 2 * kSwizzleRow; // 64 pixels of 64 channels
-  static constexpr int kSteps = kStageDepth / 16 / kParts;          // of a warpgroup in a stage
+  static constexpr int kBlockBytes = kStageDepth * kRowBytes; // 64 pixels of 64 channels
+  static constexpr int kSteps = kStageDepth / 16 / kParts;    // of a warpgroup in a stage
   static_assert(shape.block_m / 64 * kParts == kConsumers);
 
   struct Stage {
@@ -125,7 +125,7 @@ struct WeightGemm {
     for (int i = 0; i < kStageDepth / kParts / kBiasParts; ++i) {
       Vector<Element> vector;
       const unsigned char* tile = stage.grad[grad_part(group)];
-      vector.words = *reinterpret_cast<const uint4*>(tile + swizzle<2 * kSwizzleRow>(first + i * kBiasParts, chunk));
+      vector.words = *reinterpret_cast<const uint4*>(tile + swizzle<kRowBytes>(first + i * kBiasParts, chunk));
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         sums.bias[e] += Element::load(vector.elements[e]);

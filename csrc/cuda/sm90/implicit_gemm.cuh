@@ -1,14 +1,14 @@
 // The persistent, warp-specialised implicit GEMM of forward and grad_input: one thread brings boxes of pixels and filters
 // with the copy engine, two warpgroups multiply them. Rows of the product are pixels, columns channels; the reduction runs
-// over blocks of 64 channels and, inside, the nine taps. A tap is the same box at shifted coordinates: what the copy
-// engine fills in outside the image is the padding.
+// over blocks of 64 channels (of fp32 32: 128 bytes) and, inside, the nine taps. A tap is the same box at shifted coordinates: what
+// the copy engine fills in outside the image is the padding.
 #pragma once
 
 #include "cuda/sm90/consumers.cuh"
 
 namespace vggfast::cuda::sm90 {
 
-/// How the filters lie in a stage: output channels of the layer as rows (forward), or along the reduction (grad_input).
+/// How the filters lie in a stage: columns of the product as rows, or along the rows (grad_input of 16-bit elements).
 enum class Filters { rows, columns };
 
 /// The tiles of a product, in the order in which they are worked on: channels the fastest, so that blocks that run
@@ -72,25 +72,24 @@ struct BoxPlaces {
 
 struct GemmParams {
   CUtensorMap source;  // [N, H, W, channels of the reduction]
-  CUtensorMap filters; // [K, 9, C]
+  CUtensorMap filters; // [K, 9, C]; of Filters::rows [columns, 9, channels of the reduction]
   Epilogue epilogue;
   TileGrid grid;
-  int stages;      // of the reduction: nine taps of every 64 channels, or where a patch serves all taps 64 channels
+  int stages;      // of the reduction: nine taps of every row of channels, or where a patch serves all taps a row of channels
   int splits;      // of the stages; with more than one, sums go to `partials` and a second pass has the epilogue
-  float* partials; // [tiles][splits][slabs of 64x64][kSlabVectors float4], each thread's accumulators together
+  float* partials; // [tiles][splits][slabs][kVectors float4], each thread's accumulators together
 };
 
-/// 16-byte vectors of a slab's accumulators.
-inline constexpr int kSlabVectors = 64 * 64 / 4;
-
-/// The epilogue's tile: 64 rows of a warpgroup, 64 columns.
+/// The epilogue's tile: 64 rows of a warpgroup, 128 bytes of columns.
 template <class ElementType>
 struct Slab {
   using Element = ElementType;
   using Storage = typename Element::Storage;
-  static constexpr TileShape shape{64, 64, 4, 1, 0, 1};
+  static constexpr int kColumns = swizzle_row(Element::dtype);
+  static constexpr TileShape shape{64, kColumns, 4, 1, 0, 1};
   static constexpr int kThreads = kGroupThreads, kElementBytes = sizeof(Storage);
-  static constexpr int kFragmentsM = 1, kFragmentsN = 8;
+  static constexpr int kFragmentsM = 1, kFragmentsN = kColumns / 8;
+  static constexpr int kVectors = 64 * kColumns / 4; // 16-byte vectors of the accumulators
   struct Accumulators {
     float values[kFragmentsM][kFragmentsN][4];
   };
@@ -118,10 +117,13 @@ struct Work {
 template <class ElementType, int kSlabCount, int kColumns, Filters kFilters>
 struct PixelTile {
   using Element = ElementType;
-  using Writer = TileWriter<Slab<Element>, BoxPlaces>;
+  using Part = Slab<Element>;
+  using Writer = TileWriter<Part, BoxPlaces>;
   static constexpr int kSlabs = kSlabCount, kN = kColumns;
-  static constexpr int kRowBytes = 2 * kSwizzleRow, kBlock = kSwizzleRow * kRowBytes; // 64 rows
-  static constexpr int kSteps = kSwizzleRow / 16;
+  static constexpr int kDepth = swizzle_row(Element::dtype); // elements of the reduction in a stage
+  static constexpr int kBlock = 64 * kRowBytes;              // 64 rows
+  static constexpr int kSteps = kRowBytes / 32;
+  static_assert(kFilters == Filters::rows || Element::dtype != DType::tf32, "TF32 has no transposed operands");
 
   struct Sums {
     float values[kSlabs][kN / 8][4];
@@ -129,14 +131,16 @@ struct PixelTile {
 
   static __device__ __forceinline__ void multiply(float (&sums)[kN / 8][4], uint64_t pixels, uint64_t filters, bool accumulate) {
     constexpr int transposed = kFilters == Filters::columns;
-    if constexpr (Element::dtype == DType::bf16) {
+    if constexpr (Element::dtype == DType::tf32) {
+      ptx::wgmma_tf32<kN>(sums, pixels, filters, accumulate);
+    } else if constexpr (Element::dtype == DType::bf16) {
       ptx::wgmma_bf16<kN, 0, transposed>(sums, pixels, filters, accumulate);
     } else {
       ptx::wgmma_f16<kN, 0, transposed>(sums, pixels, filters, accumulate);
     }
   }
 
-  /// Starts sums = (accumulate ? sums : 0) + 64 channels of pixels, a descriptor a slab, times those of the filters.
+  /// Starts sums = (accumulate ? sums : 0) + kDepth channels of pixels, a descriptor a slab, times those of the filters.
   static __device__ __forceinline__ void multiply_slabs(Sums& sums, const uint64_t (&pixels)[kSlabs],
                                                         const unsigned char* filter_tile, bool accumulate) {
     const uint64_t filters = kFilters == Filters::rows ? row_descriptor(filter_tile) : column_descriptor(filter_tile, kBlock);
@@ -158,8 +162,8 @@ struct PixelTile {
     if constexpr (kFilters == Filters::rows) {
       ptx::tma_load_3d(to, &params.filters, full, reduced, tap, column);
     } else {
-      for (int part = 0; part < kN / kSwizzleRow; ++part) {
-        ptx::tma_load_3d(to + part * kBlock, &params.filters, full, column + part * kSwizzleRow, 8 - tap, reduced);
+      for (int part = 0; part < kN / kDepth; ++part) {
+        ptx::tma_load_3d(to + part * kBlock, &params.filters, full, column + part * kDepth, 8 - tap, reduced);
       }
     }
   }
@@ -175,9 +179,9 @@ struct PixelTile {
   }
 
   static __device__ __forceinline__ void store_partials(const Sums& sums, const GemmParams& params, int index, int group) {
-    constexpr int slabs = kConsumers * kSlabs * (kN / 64);
-    auto* to = reinterpret_cast<float4*>(params.partials) + (int64_t{index} * slabs + group * (slabs / kConsumers)) * kSlabVectors +
-               threadIdx.x % kGroupThreads;
+    constexpr int slabs = kConsumers * kSlabs * (kN / Part::kColumns);
+    auto* to = reinterpret_cast<float4*>(params.partials) +
+               (int64_t{index} * slabs + group * (slabs / kConsumers)) * Part::kVectors + threadIdx.x % kGroupThreads;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
@@ -194,17 +198,17 @@ struct PixelTile {
     for (int slab = 0; slab < kSlabs; ++slab) {
       const BoxPlaces places{params.grid, tile.pixel, (group * kSlabs + slab) * 64};
 #pragma unroll
-      for (int part = 0; part < kN / 64; ++part) {
-        typename Slab<Element>::Accumulators values;
+      for (int part = 0; part < kN / Part::kColumns; ++part) {
+        typename Part::Accumulators values;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < Part::kFragmentsN; ++j) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            values.values[0][j][e] = sums.values[slab][8 * part + j][e];
+            values.values[0][j][e] = sums.values[slab][Part::kFragmentsN * part + j][e];
           }
         }
         group_barrier(); // what was staged before is stored
-        Writer(params.epilogue, staging, places, tile.channel_tile * kN + part * 64).write(values);
+        Writer(params.epilogue, staging, places, tile.channel_tile * kN + part * Part::kColumns).write(values);
       }
     }
   }
@@ -215,7 +219,7 @@ template <class ElementType, WideTile kTile, Filters kFilters>
 struct WideGemm {
   static constexpr WideTileShape shape = pixel_tile_shape(kTile);
   using Tile = PixelTile<ElementType, shape.group_m() / 64, shape.block_n, kFilters>;
-  static constexpr int kStages = shape.stages, kN = Tile::kN, kRowBytes = Tile::kRowBytes;
+  static constexpr int kStages = shape.stages, kN = Tile::kN;
 
   struct Stage {
     alignas(kPatternBytes) unsigned char pixels[shape.block_m * kRowBytes];
@@ -254,9 +258,9 @@ struct WideGemm {
         ptx::Mbarrier* full = &shared.barriers.full[at.stage];
         ptx::mbarrier_arrive_expect_tx(full, sizeof(Stage));
         Stage& stage = shared.stages[at.stage];
-        ptx::tma_load_4d(stage.pixels, &params.source, full, block * kSwizzleRow, pixel.w + tap % 3 - 1, pixel.h + tap / 3 - 1,
+        ptx::tma_load_4d(stage.pixels, &params.source, full, block * Tile::kDepth, pixel.w + tap % 3 - 1, pixel.h + tap / 3 - 1,
                          pixel.n);
-        Tile::load_filters(stage.filters, params, full, work.tile.channel_tile * kN, block * kSwizzleRow, tap);
+        Tile::load_filters(stage.filters, params, full, work.tile.channel_tile * kN, block * Tile::kDepth, tap);
         at.next();
       }
     }

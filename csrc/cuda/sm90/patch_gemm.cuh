@@ -22,7 +22,7 @@ struct PatchBarriers {
   }
 };
 
-inline constexpr int kPixelBytes = 2 * kSwizzleRow, kPatchLineBytes = kPatchWidth * kPixelBytes;
+inline constexpr int kPixelBytes = kRowBytes, kPatchLineBytes = kPatchWidth * kPixelBytes;
 
 /// 64 pixels as eight lines of eight, from `pixel` of the patch on. The base offset stays 0: the pattern itself starts at a
 /// 1024-byte boundary, only the matrix does not.
@@ -65,7 +65,7 @@ struct PatchGemm {
       const Work work(params, index);
       const BoxWalk::Pixel pixel = work.tile.pixel;
       for (int i = 0; i < work.stages; ++i) {
-        const int channel = (work.first_stage + i) * kSwizzleRow;
+        const int channel = (work.first_stage + i) * Tile::kDepth;
         wait_phase(shared.barriers.patches.empty[patch.stage], patch.parity ^ 1u);
         ptx::Mbarrier* full = &shared.barriers.patches.full[patch.stage];
         ptx::mbarrier_arrive_expect_tx(full, patch_bytes);
@@ -186,7 +186,7 @@ void launch_grad_input_patch(const Problem& p, const Plan& plan, const GradInput
   void* preact = partials + plan_detail::partial_bytes(plan) / int64_t{sizeof(float)};
   const void* grad = materialise_grad_preact(p, pointers.output, preact, stream);
   const GemmParams params{make_patch_map("the gradient", p, grad, p.k, plan.box),
-                          make_filter_map(p.dtype, pointers.weight, p.k, p.c, kSwizzleRow),
+                          make_filter_map(p.dtype, pointers.weight, p.k, p.c, Gemm::Tile::kDepth),
                           {nullptr, pointers.grad_input, nullptr, static_cast<int>(p.c), false, false},
                           make_tile_grid(plan, p.n, p.h, p.w),
                           plan_detail::pixel_stages(Pass::grad_input, p) / 9,

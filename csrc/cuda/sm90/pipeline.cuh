@@ -51,7 +51,7 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(const void* tile, int le
 
 inline constexpr int kPatternBytes = 1024;
 
-/// Rows of the product as rows, 64 elements of the reduction along them; the next 8 rows follow.
+/// Rows of the product as rows, 128 bytes of the reduction along them; the next 8 rows follow.
 __device__ __forceinline__ uint64_t row_descriptor(const void* tile) {
   return swizzled_descriptor(tile, 16, kPatternBytes); // the leading stride is not used
 }
@@ -61,8 +61,8 @@ __device__ __forceinline__ uint64_t column_descriptor(const void* tile, int bloc
   return swizzled_descriptor(tile, block_bytes, kPatternBytes);
 }
 
-// One wgmma takes 16 elements of the reduction. Descriptors to the next 16, in units of the address field:
-inline constexpr uint64_t kRowStep = 32 >> 4;          // 16 elements along the row
-inline constexpr uint64_t kColumnStep = 16 * 128 >> 4; // 16 rows
+// One wgmma takes 32 bytes of the reduction. Descriptors to the next, in units of the address field:
+inline constexpr uint64_t kRowStep = 32 >> 4;          // along the row
+inline constexpr uint64_t kColumnStep = 16 * 128 >> 4; // 16 rows, of 16-bit elements
 
 } // namespace vggfast::cuda::sm90

@@ -57,6 +57,7 @@ struct TensorMap {
   uint64_t extents[5], strides[5];
   uint16_t box[5];
   uint8_t rank, element_bytes, swizzle_bytes; // 16: no swizzle
+  bool rounds_to_tf32;                        // fp32 elements, on their way to shared memory
   uint32_t magic;
 };
 static_assert(sizeof(TensorMap) <= 128);
@@ -74,7 +75,7 @@ void set_max_registers(int registers, bool increase);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);
-/// d += a b on a warpgroup: a 64x16, b 16xcolumns, through descriptors.
+/// d += a b on a warpgroup: a 64x16, b 16xcolumns, of TF32 64x8 and 8xcolumns, through descriptors.
 void wgmma(MmaType type, int columns, bool transposed_a, bool transposed_b, float* d, uint64_t a, uint64_t b, bool accumulate);
 
 // ---- For the tests.

@@ -78,5 +78,9 @@ template <int kN, int kTransposedA, int kTransposedB>
 void wgmma_f16(float (&d)[kN / 8][4], uint64_t a_descriptor, uint64_t b_descriptor, bool accumulate) {
   emulator::wgmma(emulator::MmaType::f16, kN, kTransposedA, kTransposedB, &d[0][0], a_descriptor, b_descriptor, accumulate);
 }
+template <int kN>
+void wgmma_tf32(float (&d)[kN / 8][4], uint64_t a_descriptor, uint64_t b_descriptor, bool accumulate) {
+  emulator::wgmma(emulator::MmaType::tf32, kN, false, false, &d[0][0], a_descriptor, b_descriptor, accumulate);
+}
 
 } // namespace vggfast::cuda::ptx
