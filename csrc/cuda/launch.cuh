@@ -20,10 +20,6 @@ inline void check(cudaError_t error, const char* kernel_name) {
 /// asked once per kernel and device.
 void allow_shared_memory(const void* kernel, int bytes, const char* name);
 
-inline std::runtime_error no_such_tile(const char* kernel_name) {
-  return std::runtime_error(std::string("vggfast: kernel ") + kernel_name + " is not compiled for the planned tile");
-}
-
 struct LaunchShape {
   int64_t blocks;
   int threads;

@@ -1,5 +1,6 @@
 #include "cuda/sm80/pointwise.cuh"
 
+#include "cuda/instantiate.h"
 #include "cuda/sm80/launch.h"
 
 namespace vggfast::cuda::sm80 {
@@ -12,25 +13,13 @@ cudaError_t find_code() {
 }
 
 void max_pool2x2(const Problem& problem, const PoolPointers& pointers, cudaStream_t stream) {
-  switch (problem.dtype) {
-  case DType::bf16:
-    return launch_max_pool2x2<BFloat16>(problem, pointers, stream);
-  case DType::fp16:
-    return launch_max_pool2x2<Float16>(problem, pointers, stream);
-  case DType::tf32:
-    return launch_max_pool2x2<TFloat32>(problem, pointers, stream);
-  }
+  with_element<BFloat16, Float16, TFloat32>(
+      "sm80 max_pool2x2", problem.dtype, [&](auto element) { launch_max_pool2x2<decltype(element)>(problem, pointers, stream); });
 }
 
 void grad_preact(const Problem& problem, const GradPreactPointers& pointers, cudaStream_t stream) {
-  switch (problem.dtype) {
-  case DType::bf16:
-    return launch_grad_preact<BFloat16>(problem, pointers, stream);
-  case DType::fp16:
-    return launch_grad_preact<Float16>(problem, pointers, stream);
-  case DType::tf32:
-    return launch_grad_preact<TFloat32>(problem, pointers, stream);
-  }
+  with_element<BFloat16, Float16, TFloat32>(
+      "sm80 grad_preact", problem.dtype, [&](auto element) { launch_grad_preact<decltype(element)>(problem, pointers, stream); });
 }
 
 } // namespace vggfast::cuda::sm80
