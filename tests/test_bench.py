@@ -314,6 +314,18 @@ def test_saved_activations_are_counted_once_and_without_parameters():
         assert saved.bytes == expected
 
 
+def test_an_activation_as_large_as_a_parameter_is_counted_and_autocasts_copy_of_a_parameter_is_not():
+    convolution, linear = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16 * 12 * 12, 8)
+    x = torch.randn(1, 3, 12, 12)
+    assert x.numel() == convolution.weight.numel()
+    network = nn.Sequential(convolution, nn.Flatten(), linear)
+    y_elements = 16 * 12 * 12
+    for autocast, itemsize in ((False, 4), (True, 2)):
+        with memory.Saved([*network.parameters()]) as saved, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            network(x)
+        assert saved.bytes == itemsize * (x.numel() + y_elements)
+
+
 def vgg_like(*modules: nn.Module) -> nn.Module:
     import vggfast
 
