@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vggfast import FusedSequential
-from vggfast.bench import cases
+from vggfast.bench import cases, torch_runners
 from vggfast.bench.cases import Case
 from vggfast.bench.contenders import Runner
 
@@ -45,6 +45,19 @@ def wrong_at_one_place(case: Case, files: dict[str, str]) -> Runner:
         return y
 
     return _layer(case, change)
+
+
+def wrong_bias_gradient(case: Case, files: dict[str, str]) -> Runner:
+    """torch's gradients, that of the bias off by 3e-5 of itself."""
+    runner = torch_runners.build(case, files)
+    outputs = runner.outputs
+
+    def changed(result: Any) -> cases.Outputs:
+        found = outputs(result)
+        return found | {"grad of bias": found["grad of bias"] * (1 + 3e-5)}
+
+    runner.outputs = changed
+    return runner
 
 
 def not_a_number(case: Case, files: dict[str, str]) -> Runner:

@@ -231,6 +231,30 @@ def test_gradients_of_a_layer_are_checked_to_rounding(lab):
         assert record["seconds"]["median"] > 0
 
 
+def test_a_layers_gradients_may_have_twice_torchs_own_error_and_no_more(lab):
+    """conv1_1's filters and bias at batch 8: torch's own error is above the fixed 5e-6, and torch is no wrong contender."""
+    case = Case("conv1_1", "grad_weight", 8)
+    wrong = Contender("wrong_bias_gradient", "test", "bench_contenders:wrong_bias_gradient", tasks=("grad_weight",))
+    chosen = VGGFAST, find("torch channels_last"), find("torch NCHW"), wrong
+    records = {c["label"]: c for c in lab.time(group_of(case, *chosen), ONCE)["contenders"]}
+    own = max(records[f"torch {layout}"]["error"] for layout in ("channels_last", "NCHW"))
+    assert 5e-6 < own <= records["torch NCHW"]["tolerance"] < 2.1 * own
+    assert records["vggfast"]["error"] < own / 4
+    assert "relative error of grad of bias: expected at most" in records["wrong_bias_gradient"]["refused"]
+    assert "seconds" not in records["wrong_bias_gradient"]
+
+
+def test_the_output_of_a_layer_has_a_fixed_bound():
+    entry = Entry("x", VGGFAST, Case("conv1_1", "forward+backward", 8))
+    errors = {"y": 5.1e-6, "grad of bias": 6e-6}
+    judged = measure.judge(entry, errors, {"grad of bias": 6.8e-6}, True)
+    assert "relative error of y: expected at most 5.0e-06" in judged["refused"]
+    assert "refused" not in measure.judge(entry, {**errors, "y": 1e-6}, {"grad of bias": 6.8e-6}, True)
+    assert (
+        "1.4e-05" in measure.judge(entry, {**errors, "grad of bias": 2e-5}, {"grad of bias": 6.8e-6}, True)["refused"]
+    )
+
+
 @pytest.mark.parametrize("task", ["inference", "training"])
 def test_a_network_end_to_end_in_processes_of_their_own(lab, task):
     """With whatever of the extra "bench" is installed; the others are named."""
@@ -299,6 +323,18 @@ def test_saved_activations_are_counted_once_and_without_parameters():
         with memory.Saved(parameters) as saved:
             network(x)
         assert saved.bytes == expected
+
+
+def test_an_activation_as_large_as_a_parameter_is_counted_and_autocasts_copy_of_a_parameter_is_not():
+    convolution, linear = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16 * 12 * 12, 8)
+    x = torch.randn(1, 3, 12, 12)
+    assert x.numel() == convolution.weight.numel()
+    network = nn.Sequential(convolution, nn.Flatten(), linear)
+    y_elements = 16 * 12 * 12
+    for autocast, itemsize in ((False, 4), (True, 2)):
+        with memory.Saved([*network.parameters()]) as saved, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            network(x)
+        assert saved.bytes == itemsize * (x.numel() + y_elements)
 
 
 def vgg_like(*modules: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vggfast import cli
-from vggfast.bench import plots, report, results, session, tables
+from vggfast.bench import loss_report, plots, report, results, session, tables
 from vggfast.bench.cases import Case
 from vggfast.bench.measure import compare
 
@@ -88,8 +88,8 @@ def test_every_row_is_there_with_the_fastest_rival(data):
         in section
     )
     assert "![Networks](networks.png)" in section
-    assert "In none of the comparisons measured." in section
-    assert "**Some CPU, 2 cores, 2 threads**: vggfast 0.1.0, torch 2.11, openvino 2026" in section
+    assert f"In none of the {len(report.comparisons(data))} comparisons measured." in section
+    assert "**Some CPU, 2 cores, 2 threads**, now: vggfast 0.1.0, torch 2.11, openvino 2026" in section
     assert "1.02× (1.02 to 1.02" in section
 
 
@@ -101,7 +101,7 @@ def test_where_vggfast_loses_is_said(data):
         ("conv4_1 forward fp32 batch 1", "torch NCHW", pytest.approx(0.5)),
     ]
     section = report.markdown(data, {})
-    assert "In 2 of the comparisons" in section
+    assert f"In 2 of {len(report.comparisons(data))} comparisons" in section
     assert "- torch NCHW, forward fp32 batch 1: conv4_1 0.50×" in section
 
 
@@ -127,6 +127,42 @@ def test_who_is_missing_refused_or_failed_is_neither_best_nor_silent(data):
     )
 
 
+def test_parts_that_were_recorded_one_by_one_name_what_each_was_measured_with(data):
+    """The last run may have had no runtimes installed, and another speed of the machine."""
+    later = copy.deepcopy(data["runs"]["now"])
+    later["versions"] = {"vggfast": "0.1.0", "torch": "2.12"}
+    later["ceilings"]["peak_gflops"]["fp32"] = 255.0
+    data["runs"] = {"2026-01-01T08:00:00Z": data["runs"]["now"], "2026-01-03T08:00:00Z": later}
+    text = report.markdown(data, {})
+    assert "2 threads**, 2026-01-01 to 2026-01-03: vggfast 0.1.0, torch 2.11 and 2.12, openvino 2026." in text
+    assert "float32 250 to 255 GFLOP/s, bfloat16 480 GFLOP/s, memory 40 GB/s." in text
+
+
+def test_each_convolution_has_its_line_and_all_have_their_total(data):
+    lines = list(report.layer_lines(data))
+    assert lines[2] == "| | forward, batch 1 | forward, batch 8 | input gradient, batch 8 | filter gradient, batch 8 |"
+    assert len(lines) == 4 + 13 + 1
+    assert lines[4] == "| conv1_1: 3 → 64, 224×224 | 1 ms, 3.00× | 8 ms, 3.00× |  | 8 ms, 3.00× |"
+    assert lines[5].startswith("| conv1_2: 64 → 64, 224×224, pool | 1 ms, 3.00× |")
+    assert lines[-1] == "| all | 13 ms, **3.00×** | 104 ms, **3.00×** | 96 ms, **3.00×** | 104 ms, **3.00×** |"
+    data["groups"] = [g for g in data["groups"] if g["id"] != "conv3_2 forward fp32 batch 1"]
+    lines = list(report.layer_lines(data))
+    assert lines[9].startswith("| conv3_2: 256 → 256, 56×56 |  | 8 ms")
+    assert lines[-1].startswith("| all |  | 104 ms")  # a total of twelve would not be one of thirteen
+    data["groups"] = [g for g in data["groups"] if not g["case"]["subject"].startswith("conv")]
+    assert list(report.layer_lines(data)) == []
+
+
+def test_time_and_memory_of_losses(data):
+    text = loss_report.markdown(data, {"Losses": "losses.png"})
+    assert "| | vggfast | torch channels_last | torch NCHW | torch.compile | lpips package |" in text
+    assert "| LPIPS, float32, batch 8: time | **8 ms** | 24 ms | 32 ms | 32 ms | 32 ms |" in text
+    assert "| LPIPS, float32, batch 8: saved | **100 MB** | 300 MB | 400 MB | 400 MB | 400 MB |" in text
+    assert "| features and Gram matrices, float32, batch 8: time | **8 ms** | 24 ms | 32 ms | 32 ms |  |" in text
+    assert "![Losses](losses.png)" in text
+    assert loss_report.markdown({**data, "groups": []}, {}) == loss_report.NOTHING
+
+
 def test_a_row_without_data_is_left_out(data):
     data["groups"] = [g for g in data["groups"] if g["id"] != "conv3_2 forward fp32 batch 1"]
     assert "the 13 convolutions, float32, batch 1 " not in report.markdown(data, {})
@@ -145,7 +181,9 @@ def test_the_section_replaces_what_is_between_the_markers():
 
 def test_pictures_know_which_results_they_show(data, tmp_path):
     drawn = plots.draw_all(data, tmp_path)
-    assert {path.name for path in drawn.values()} == {"networks.png", "layers.png", "roofline.png", "memory.png"}
+    assert {path.name for path in drawn.values()} == {
+        *("networks.png", "layers.png", "roofline.png", "memory.png", "losses.png"),
+    }
     for path in drawn.values():
         assert plots.shown(path) == results.digest(data)
         assert path.stat().st_size > 10_000
@@ -164,9 +202,24 @@ def test_bars_are_as_long_as_the_times_and_the_control_is_not_drawn(data):
     assert (lengths["vggfast"], lengths["openvino"]) == (pytest.approx(1.0), pytest.approx(2.5))
 
 
+def test_layers_are_those_of_their_part_and_under_the_ceiling_of_their_run(data):
+    """The part compiled has the same cases, with other rivals."""
+    first = next(g for g in data["groups"] if g["id"] == "conv1_1 forward fp32 batch 8")
+    compiled = {**copy.deepcopy(first), "id": f"compiled: {first['id']}"}
+    compiled["contenders"] = [c for c in compiled["contenders"] if c["label"] != "torch channels_last"]
+    data["groups"].insert(0, compiled)
+    later = copy.deepcopy(data["runs"]["now"])
+    later["ceilings"]["peak_gflops"]["fp32"] = 1.0
+    data["runs"]["zz"] = later
+    panel = plots.layers(data).axes[0]
+    assert [text.get_text() for text in panel.texts] == ["3.0×"] * 13
+    assert panel.lines[0].get_ydata()[0] == 250.0
+
+
 def test_nothing_is_drawn_of_nothing(data):
     nothing = {**data, "groups": []}
-    assert [draw(nothing) for draw in (plots.networks, plots.layers, plots.roofline, plots.memory)] == [None] * 4
+    drawing = (plots.networks, plots.layers, plots.roofline, plots.memory, plots.losses)
+    assert [draw(nothing) for draw in drawing] == [None] * 5
 
 
 def shown(*found) -> str:
@@ -253,12 +306,11 @@ def script(monkeypatch):
     return found
 
 
-def test_readme_says_what_the_committed_results_say(script):
-    text = script.README.read_text()
-    section = script.section(script.RESULTS / script.README_DEVICE)
-    assert report.splice(text, section, script.BEGIN, script.END) == text, (
-        "README differs: run python benchmarks/report.py"
-    )
+def test_the_pages_say_what_the_committed_results_say(script):
+    pages = script.pages(script.RESULTS / script.README_DEVICE)
+    assert [page.name for page in pages] == ["README.md", "features.md"]
+    for page, text in pages.items():
+        assert page.read_text() == text, f"{page.name} differs: run python benchmarks/report.py"
 
 
 def test_committed_pictures_show_the_committed_results(script):

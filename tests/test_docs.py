@@ -19,9 +19,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = [page for name in ("train", "evaluate", "features") if (page := ROOT / "docs" / f"{name}.md").exists()]
+PAGES = [
+    page for name in ("train", "evaluate", "features", "numerics") if (page := ROOT / "docs" / f"{name}.md").exists()
+]
 BLOCK = re.compile(r"^```(python|bash)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NEEDED = ("torchvision", "mlxtend", "tensorboard")
+NEEDED = ("torchvision", "mlxtend", "tensorboard", "lpips", "timm")
 
 RUN_BLOCKS = """
 import json, subprocess, sys

@@ -1,7 +1,9 @@
 """Evaluation and prediction: the paper's protocols against a slow reference in float64, folders of images, what is said."""
 
+import io
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import numpy
@@ -250,6 +252,46 @@ def test_held_out_images_are_those_of_the_training(folder):
     assert theirs.classes == ours.classes
 
 
+def write_shard(path, *samples):
+    """(name without suffix, class, image) each; an image of None is bytes that are none."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, label, image in samples:
+            png = io.BytesIO(b"" if image else b"no image")
+            if image:
+                image.save(png, "PNG")
+            for suffix, content in (("png", png.getvalue()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def test_shards_are_counted_as_folders_are(tmp_path):
+    """By name, and by number; damaged images are named; held out are those of the training."""
+    image = {name: Image.new("RGB", (50, 40), colour) for name, colour in COLOURS.items()}
+    by_name = [("a", "red", image["red"]), ("b", "blue", image["green"]), ("c", "green", None)]
+    write_shard(tmp_path / "val" / "0.tar", *by_name)
+    write_shard(tmp_path / "val" / "1.tar", ("d", "green", image["green"]))
+    for data in (str(tmp_path), str(tmp_path / "val"), str(tmp_path / "val" / "{0..1}.tar")):
+        result = evaluate([colours()], data, Views(32))
+        assert (result.images, result.correct[1]) == (3, 2)
+        assert [text.partition(" cannot")[0] for text in result.unreadable] == [f"{tmp_path}/val/0.tar:c.png"]
+    numbers = [(f"{n:02}", n % 3, image[("red", "green", "blue")[n % 3]]) for n in range(15)]
+    write_shard(tmp_path / "numbered" / "0.tar", *numbers)
+    place = str(tmp_path / "numbered" / "0.tar")
+    assert evaluate([colours(("0", "1", "2"))], place, Views(32)).correct[1] == 0 + 15
+    held_out = find(place, held_out=True)
+    pytest.importorskip("torchvision")
+    from vggfast.recipes import data as datasets
+
+    theirs = datasets.load(place, size=32, batch_size=4, seed=0)
+    assert len(held_out.samples) == theirs.test_size == 3
+    chosen = {str(theirs._test.images.files[index]) for index in theirs._test.indices}
+    assert {sample.name for sample in held_out.samples} == chosen
+    with pytest.raises(RecipeError, match=r"expected 2 shards, .*1\.tar is not there"):
+        find(str(tmp_path / "numbered" / "{0..1}.tar"))
+
+
 def test_nothing_readable(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes(b"")
@@ -351,7 +393,7 @@ def test_predict_goes_on_after_an_unreadable_image(folder, checkpoint):
     done = run("predict", *images, "--weights", checkpoint)
     assert done.exit_code == 1
     assert str(images[3]) in done.stdout
-    assert "broken.jpg cannot be read as an image (cannot identify image file" in done.stderr
+    assert "broken.jpg cannot be read as an image (in no format that Pillow knows)" in done.stderr
     assert "none.png does not exist" in done.stderr
     assert f"error: {folder} is a folder; expected an image file" in done.stderr
     shown = json.loads(run("predict", *images, "--weights", checkpoint, "--json").stdout)
@@ -363,16 +405,45 @@ def test_predict_in_python(tmp_path):
     answers = predict([grey, torch.rand(1, 50, 50)], [narrow_vgg(in_channels=1)], Views(32), top=3)
     assert [len(each.answers) for each in answers] == [3, 3]
     assert re.fullmatch(r"class \d", answers[0].answers[0].name)
+
+
+@pytest.fixture
+def turned(tmp_path):
+    """A photograph that the camera noted to be turned by a quarter, the same without the note, and one with a damaged note."""
     sideways = Image.new("RGB", (60, 40))
     sideways.paste((255, 0, 0), (0, 0, 30, 40))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
-    sideways.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    sideways.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.jpg", quality=95)
-    turned, upright = predict([tmp_path / "turned.jpg", tmp_path / "upright.jpg"], [narrow_vgg()], Views(32))
-    for a, b in zip(turned.answers, upright.answers, strict=True):
+    (tmp_path / "a").mkdir()
+    sideways.save(tmp_path / "a" / "turned.jpg", exif=exif, quality=95)
+    sideways.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "a" / "upright.jpg", quality=95)
+    sideways.save(tmp_path / "a" / "damaged.png", exif=b"nonsense")
+    return tmp_path
+
+
+def test_photographs_are_turned_upright_in_prediction_evaluation_and_training(turned):
+    turned_jpg, upright_jpg, damaged_png = (
+        turned / "a" / name for name in ("turned.jpg", "upright.jpg", "damaged.png")
+    )
+    first, second = predict([turned_jpg, upright_jpg], [narrow_vgg()], Views(32))
+    for a, b in zip(first.answers, second.answers, strict=True):
         assert a.name == b.name
         assert a.probability == pytest.approx(b.probability, abs=0.01)
+    read = {Path(sample.name).stem: sample.read() for sample in find(str(turned)).samples}
+    assert read["turned"].size == read["upright"].size == (40, 60)
+    assert read["turned"].getpixel((20, 5))[0] > 240 > 10 > read["turned"].getpixel((20, 55))[0]
+    assert read["damaged"].size == (60, 40)
+    pytest.importorskip("torchvision")
+    from vggfast.recipes.images import ImageData, Share
+
+    (turned / "b").mkdir()
+    for path in (turned_jpg, upright_jpg):
+        (turned / "b" / path.name).write_bytes(path.read_bytes())
+    damaged_png.unlink()
+    data = ImageData(str(turned), str(turned), 32, 4, 0, None, 0, "none", (32, 32), Share())
+    images = torch.cat([images for images, _ in data.test_batches()])
+    assert images[:, 0, :4].min() > 1.5 > -1.5 > images[:, 0, -4:].max()  # red above, black below, in all four
+    assert len(images) == 4
 
 
 def test_imagenets_names_where_there_are_1000_classes(folder, tmp_path):

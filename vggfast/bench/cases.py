@@ -23,7 +23,7 @@ LAYER_TASKS: tuple[Task, ...] = ("forward", "grad_input", "grad_weight", "forwar
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUNDING = {**DTYPES, "tf32": torch.float16}  # whose eps is that of `Case.products`: TF32 has float16's mantissa
 GIVEN = "given grad of y"  # in a layer's reference: the gradient that buffer 0 gets
-OWN_ERROR = "torch's own error of "  # in a network's reference for training in bfloat16
+OWN_ERROR = "torch's own error of "  # in the reference of a layer's gradients, and of a network's training in bfloat16
 BUFFERS = 4  # inputs that are used in turn, so that none is still in a cache from the run before
 GPU_BUFFERS = 2  # of a layer on a GPU, whose cache is overwritten before every run
 Outputs = dict[str, Tensor]
@@ -228,7 +228,26 @@ def _reference_layer(case: Case, layer: Layer) -> Outputs:
     inputs = differentiated(case.with_task("forward+backward"), data)
     y = plain_layer(data.x, data.weight, data.bias, layer.pool)
     gradients = torch.autograd.grad(y, list(inputs.values()), data.grad)
-    return {GIVEN: data.grad, "y": y.detach(), **dict(zip(inputs, gradients, strict=True))}
+    exact = {GIVEN: data.grad, "y": y.detach(), **dict(zip(inputs, gradients, strict=True))}
+    return exact | own_errors(case, exact)
+
+
+def own_errors(case: Case, exact: Outputs) -> Outputs:
+    """The errors of torch's own gradients of a layer in the case's dtype, of the same data: a gradient of filters or bias is a sum
+    over all pixels, and how far that is off depends on how many there are. The larger of the layouts that compete."""
+    layer, both = case.layer, case.with_task("forward+backward")
+    assert layer is not None
+    found: Outputs = {}
+    for layout in (torch.channels_last, torch.contiguous_format)[: 2 if case.dtype == "fp32" else 1]:
+        data = layer_data(case, 0)
+        data.x, data.weight = (t.to(memory_format=layout) for t in (data.x, data.weight))
+        inputs = differentiated(both, data)
+        y = plain_layer(data.x, data.weight, data.bias, layer.pool)
+        gradients = torch.autograd.grad(y, list(inputs.values()), exact[GIVEN].to(y.dtype, memory_format=layout))
+        for name, error in relative_errors(dict(zip(inputs, gradients, strict=True)), exact).items():
+            if name in inputs:
+                found[OWN_ERROR + name] = torch.tensor(max(error, float(found.get(OWN_ERROR + name, 0.0))))
+    return found
 
 
 def decided(before: Tensor, pool: bool, dtype: torch.dtype) -> Tensor:

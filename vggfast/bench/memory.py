@@ -19,20 +19,28 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 class Saved:
     """Counts what autograd saves inside ``with``: every storage once, parameters and copies of parameters left out.
 
-    A copy of a parameter (autocast's bfloat16 filters) is recognised by its number of elements.
+    A parameter is recognised by its storage, a copy (autocast's bfloat16 filters) by its values.
     """
 
     def __init__(self, parameters: list[torch.Tensor]) -> None:
-        self._parameters = {p.untyped_storage().data_ptr() for p in parameters}
-        self._sizes = {p.numel() for p in parameters}
+        self._parameters = {p.untyped_storage().data_ptr(): p for p in parameters}
         self._seen: dict[int, torch.Tensor] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         address = tensor.untyped_storage().data_ptr()
-        if address not in self._parameters and tensor.numel() not in self._sizes:
+        if address not in self._parameters and address not in self._seen and not self._is_copy(tensor.detach()):
             self._seen[address] = tensor.detach()  # kept alive, so that its address is not given away again
         return tensor
+
+    def _is_copy(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor is a parameter, perhaps transposed, in its own dtype."""
+        ways = (tensor, tensor.t()) if tensor.dim() == 2 else (tensor,)
+        return any(
+            parameter.shape == way.shape and torch.equal(parameter.detach().to(way.dtype), way)
+            for parameter in self._parameters.values()
+            for way in ways
+        )
 
     def __enter__(self) -> Saved:
         self._hooks.__enter__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vggfast.bench.cases import LOSSES
 from vggfast.bench.contenders import VGGFAST
 from vggfast.bench.layers import VGG16_LAYERS
 from vggfast.bench.measure import CONTROL
@@ -19,6 +20,12 @@ TORCH = "torch channels_last"
 BLUE, GREY, DARK, ORANGE = "#1f6feb", "#b6bec9", "#4a5361", "#d9822b"
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+TASK_NAMES = {
+    "grad_input": "input gradient",
+    "grad_weight": "filter gradient",
+    "lpips": "LPIPS",
+    "perceptual": "features and Gram matrices",
+}
 DIGEST = "vggfast-results"  # the field of a PNG's metadata that tells which results it shows
 
 
@@ -28,14 +35,15 @@ PICTURES = {
     "Roofline of VGG16's convolutions": "roofline",
     "Memory of VGG16": "memory",
 }
+LOSS_PICTURES = {"Losses on VGG16's features": "losses"}
 
 
 def draw_all(data: Json, folder: Path) -> dict[str, Path]:
     """Draw what ``data`` has into ``folder``; titles and files."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawing = {"networks": networks, "layers": layers, "roofline": roofline, "memory": memory}
+    drawing = {"networks": networks, "layers": layers, "roofline": roofline, "memory": memory, "losses": losses}
     paths = {}
-    for title, name in PICTURES.items():
+    for title, name in (PICTURES | LOSS_PICTURES).items():
         figure = drawing[name](data)
         if figure is not None:
             paths[title] = folder / f"{name}.png"
@@ -74,15 +82,26 @@ def _where(data: Json) -> str:
 
 
 def title_of(case: Json) -> str:
-    return f"{case['task']}, {DTYPE_NAMES[case['dtype']]}, batch {case['batch']}"
+    return f"{TASK_NAMES.get(case['task'], case['task'])}, {DTYPE_NAMES[case['dtype']]}, batch {case['batch']}"
 
 
 # ---- networks ------------------------------------------------------------------------------------------------------
 
 
 def networks(data: Json) -> Figure | None:
+    """A panel for each group of VGG16's inference and training."""
+    return _panels(data, ("inference", "training"), "VGG16, 224×224, milliseconds per image (shorter is faster)")
+
+
+def losses(data: Json) -> Figure | None:
+    """A panel for each group of the losses on features."""
+    what = "Losses on VGG16's features with the images' gradient, 224×224, milliseconds per image (shorter is faster)"
+    return _panels(data, LOSSES, what)
+
+
+def _panels(data: Json, tasks: tuple[str, ...], title: str) -> Figure | None:
     """A panel for each VGG16 group: a bar a contender, its 10th and 90th percentile as a whisker, the fastest on top."""
-    vgg16 = [g for g in data["groups"] if g["case"]["subject"] == "vgg16"]
+    vgg16 = [g for g in data["groups"] if g["case"]["subject"] == "vgg16" and g["case"]["task"] in tasks]
     chosen = [g for g in vgg16 if "seconds" in (contender(g, OURS) or {})]
     if not chosen:
         return None
@@ -97,7 +116,7 @@ def networks(data: Json) -> Figure | None:
         _network_panel(axes, group, records)
     for axes in grid.flat[len(chosen) :]:
         axes.set_axis_off()
-    figure.suptitle(f"VGG16, 224×224, milliseconds per image (shorter is faster)\n{_where(data)}", fontsize=11)
+    figure.suptitle(f"{title}\n{_where(data)}", fontsize=11)
     return figure
 
 
@@ -137,7 +156,7 @@ def _layer_groups(data: Json, task: str, batch: int) -> list[tuple[Any, Json, Js
     found = []
     for layer in VGG16_LAYERS:
         wanted = (layer.name, task, batch)
-        same = (g for g in data["groups"] if (g["case"]["subject"], g["case"]["task"], g["case"]["batch"]) == wanted)
+        same = (g for g in _of_layers(data) if (g["case"]["subject"], g["case"]["task"], g["case"]["batch"]) == wanted)
         group = next(same, None)
         ours = contender(group, OURS)
         if ours:
@@ -146,8 +165,12 @@ def _layer_groups(data: Json, task: str, batch: int) -> list[tuple[Any, Json, Js
 
 
 def _layer_batch(data: Json) -> int:
-    batches = [g["case"]["batch"] for g in data["groups"] if g["case"]["subject"].startswith("conv")]
-    return max(batches, default=0)
+    return max((g["case"]["batch"] for g in _of_layers(data)), default=0)
+
+
+def _of_layers(data: Json) -> list[Json]:
+    """The groups of the part layers; those of the part compiled have the same cases and other rivals."""
+    return [g for g in data["groups"] if g["case"]["subject"].startswith("conv") and ": " not in g["id"]]
 
 
 def layers(data: Json) -> Figure | None:
@@ -184,7 +207,7 @@ def _layer_panel(axes: Axes, data: Json, task: str, batch: int) -> None:
     axes.set_ylim(0, max(peak or 0, *map(max, rates)) * 1.18)
     axes.set_xticks(list(places), names, fontsize=8.5)
     axes.tick_params(axis="x", length=0)
-    axes.set_title(f"{task}, {DTYPE_NAMES[found[0][1]['dtype']]}", fontsize=9.5, loc="left")
+    axes.set_title(f"{TASK_NAMES.get(task, task)}, {DTYPE_NAMES[found[0][1]['dtype']]}", fontsize=9.5, loc="left")
     axes.set_ylabel("GFLOP/s", fontsize=8.5)
     axes.tick_params(axis="y", labelsize=8)
     _bare(axes)
@@ -194,8 +217,8 @@ def _layer_panel(axes: Axes, data: Json, task: str, batch: int) -> None:
 
 
 def _ceilings(data: Json) -> Json:
-    """Of the latest run."""
-    ceilings: Json = data["runs"][max(data["runs"])]["ceilings"]
+    """Of the latest run that measured layers."""
+    ceilings: Json = data["runs"][max(g["run"] for g in _of_layers(data))]["ceilings"]
     return ceilings
 
 
@@ -243,7 +266,11 @@ def _roofline_points(axes: Axes, found: list[tuple[Any, Json, Json | None]], bat
         if rival:
             theirs.append((gflop / gigabytes, gflop / rival["seconds"]["median"]))
         axes.plot(*zip(executed[-1], direct[-1], strict=True), color=BLUE, alpha=0.25, linewidth=0.8)
-        _note(axes, layer.name.removeprefix("conv"), executed[-1], (4, -9), fontsize=7.5, color=BLUE)
+    names = [layer.name.removeprefix("conv") for layer, _, _ in found]
+    for i, (place, name) in enumerate(sorted(zip(executed, names, strict=True))):
+        below = i % 2 == 0  # in turn, since neighbours are close
+        offset, side = ((4, -9), "left") if below else ((-4, 4), "right")
+        _note(axes, name, place, offset, ha=side, fontsize=7.5, color=BLUE)
     for points, face, edge, label in (
         (theirs, GREY, DARK, TORCH),
         (executed, BLUE, BLUE, "vggfast, operations executed"),

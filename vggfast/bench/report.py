@@ -9,6 +9,7 @@ from typing import Any
 from vggfast.bench.contenders import VGGFAST
 from vggfast.bench.layers import VGG16_LAYERS
 from vggfast.bench.measure import CONTROL
+from vggfast.bench.plots import DTYPE_NAMES, TASK_NAMES
 from vggfast.bench.results import WHY_NOT, Json, contender, group
 from vggfast.bench.stats import Spread, ratios, spread
 
@@ -160,6 +161,11 @@ def control(data: Json) -> Spread | None:
 
 def losses(data: Json) -> list[tuple[str, str, float]]:
     """(group, rival, ratio) wherever a rival's median is below ours, the worst first. All groups count, not only README's rows."""
+    return sorted((each for each in comparisons(data) if each[2] < 1), key=lambda loss: loss[2])
+
+
+def comparisons(data: Json) -> list[tuple[str, str, float]]:
+    """(group, rival, the rival's median over ours), of times and of bytes, of all groups."""
     found = []
     for each in data["groups"]:
         ours = contender(each, OURS)
@@ -170,10 +176,9 @@ def losses(data: Json) -> list[tuple[str, str, float]]:
             for field in ("seconds", "saved_bytes", "peak_bytes"):
                 if ours.get(field) and record.get(field):
                     mine, other = (r[field]["median"] if field == "seconds" else r[field] for r in (ours, record))
-                    if other < mine:
-                        what = each["id"] if field == "seconds" else f"{each['id']}, {field.replace('_bytes', '')}"
-                        found.append((what, rival["label"], other / mine))
-    return sorted(found, key=lambda loss: loss[2])
+                    what = each["id"] if field == "seconds" else f"{each['id']}, {field.replace('_bytes', '')}"
+                    found.append((what, rival["label"], other / mine))
+    return found
 
 
 def absent(data: Json) -> list[str]:
@@ -185,6 +190,44 @@ def absent(data: Json) -> list[str]:
                 if why in record:
                     reasons.setdefault((record["label"], f"{why}: {record[why]}"), []).append(each["id"])
     return [f"{label} in {', '.join(ids)}: {reason}" for (label, reason), ids in reasons.items()]
+
+
+# ---- layer by layer ------------------------------------------------------------------------------------------------
+
+LAYER_COLUMNS = (("forward", 1), ("forward", 8), ("grad_input", 8), ("grad_weight", 8))  # task and batch, on a CPU
+GPU_LAYER_COLUMNS = (("forward", 1), ("forward", 32), ("grad_input", 32), ("grad_weight", 32), ("forward", 256))
+
+
+def layer_lines(data: Json) -> Iterator[str]:
+    """A table with a line for each convolution, and their total: how many times as fast as torch channels_last."""
+    gpu = "gpu" in data["device"]
+    dtype = "bf16" if gpu else "fp32"
+    columns = [
+        (task, batch, found)
+        for task, batch in (GPU_LAYER_COLUMNS if gpu else LAYER_COLUMNS)
+        if (found := _layer_ratios(data, task, batch, dtype))
+    ]
+    if not columns:
+        return
+    yield f"Each convolution with its ReLU and pool, {DTYPE_NAMES[dtype]}: {OURS}'s time, and {TORCH}'s over it."
+    yield ""
+    yield "| | " + " | ".join(f"{TASK_NAMES.get(task, task)}, batch {batch}" for task, batch, _ in columns) + " |"
+    yield "|---|" + "---|" * len(columns)
+    for layer in VGG16_LAYERS:
+        size = f"{layer.c_in} → {layer.c_out}, {layer.size}×{layer.size}{', pool' if layer.pool else ''}"
+        yield f"| {layer.name}: {size} | " + " | ".join(f.get(layer.name, "") for _, _, f in columns) + " |"
+    totals = (compare(data, Row("", _layers(task, batch, dtype), (TORCH,))) for task, batch, _ in columns)
+    cells = (f"{amount(t.ours, 'seconds')}, **{t.ratio.median:.2f}×**" if t else "" for t in totals)
+    yield "| all | " + " | ".join(cells) + " |"
+
+
+def _layer_ratios(data: Json, task: str, batch: int, dtype: str) -> dict[str, str]:
+    """By the layer's name; without those that were not measured."""
+    found = {}
+    for identifier in _layers(task, batch, dtype):
+        if one := compare(data, Row("", (identifier,), (TORCH,))):
+            found[identifier.partition(" ")[0]] = f"{amount(one.ours, 'seconds')}, {one.ratio.median:.2f}×"
+    return found
 
 
 # ---- markdown ------------------------------------------------------------------------------------------------------
@@ -208,6 +251,8 @@ def markdown(data: Json, pictures: dict[str, str]) -> str:
     ]
     lines += [_line(comparison) for comparison in found]
     lines += ["", *_losses(data), ""]
+    if layered := list(layer_lines(data)):
+        lines += [*layered, ""]
     for title, path in pictures.items():
         lines += [f"![{title}]({path})", ""]
     return "\n".join(lines)
@@ -221,33 +266,50 @@ def _line(c: Comparison) -> str:
 
 
 def _preamble(data: Json) -> Iterator[str]:
-    device = data["device"]
-    run = data["runs"][max(data["runs"])]
-    versions = run["versions"]
-    packages = [
-        f"{name} {versions[name]}"
-        for name in ("vggfast", "torch", "onnxruntime", "openvino", "ncnn", "jax")
-        if name in versions
-    ]
-    threads = run["settings"]["threads"]
-    place = device.get("gpu") or f"{device['cpu']}, {device['cores']} cores, {threads} threads"
-    ceilings = run["ceilings"]
-    peaks = ", ".join(f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in ceilings["peak_gflops"].items())
-    yield f"Measured on **{place}**: {', '.join(packages)}. Ceilings of the same run: {peaks}, memory {ceilings['dram_gbps']:.0f} GB/s."
+    yield measured_on(data, ("vggfast", "torch", "onnxruntime", "openvino", "ncnn", "lpips", "jax"))
+    yield f"Ceilings, measured in the same runs: {_ceilings(data)}."
     same = control(data)
     if same:
         yield (
             f"vggfast against itself, as the control: {same.median:.2f}× ({same.p10:.2f} to {same.p90:.2f} over all comparisons). "
-            "Times are of a batch."
+            "Times are of a batch of 224×224 images; a ratio above 1 is in vggfast's favour; errors are relative, against float64."
         )
+
+
+def measured_on(data: Json, packages: tuple[str, ...]) -> str:
+    """The device, the days and the versions of all runs: parts may have been recorded one by one."""
+    device, runs = data["device"], data["runs"]
+    threads = _range([float(run["settings"]["threads"]) for run in runs.values()])
+    place = device.get("gpu") or f"{device['cpu']}, {device['cores']} cores, {threads} threads"
+    days = sorted({key.partition("T")[0] for key in runs})
+    versions = []
+    for name in packages:
+        seen = sorted({run["versions"][name] for run in runs.values() if name in run["versions"]})
+        versions += [f"{name} {' and '.join(seen)}"] if seen else []
+    day = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"Measured on **{place}**, {day}: {', '.join(versions)}."
+
+
+def _ceilings(data: Json) -> str:
+    ceilings = [run["ceilings"] for run in data["runs"].values()]
+    peaks = [
+        f"{DTYPE_NAMES[dtype]} {_range([c['peak_gflops'][dtype] for c in ceilings if dtype in c['peak_gflops']])} GFLOP/s"
+        for dtype in ceilings[-1]["peak_gflops"]
+    ]
+    return ", ".join([*peaks, f"memory {_range([c['dram_gbps'] for c in ceilings])} GB/s"])
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _losses(data: Json) -> Iterator[str]:
     worse = losses(data)
     yield "**Where vggfast loses.** " + (
-        f"In {len(worse)} of the comparisons, here with the rival's time (or bytes) over vggfast's:"
+        f"In {len(worse)} of {len(comparisons(data))} comparisons, here with the rival's time (or bytes) over vggfast's:"
         if worse
-        else "In none of the comparisons measured."
+        else f"In none of the {len(comparisons(data))} comparisons measured."
     )
     if worse:
         yield ""

@@ -51,7 +51,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def evaluate(
     data: Annotated[
-        str, typer.Option(help="digits, mnist, fake, or a folder with val/<class>/… images, or with <class>/….")
+        str,
+        typer.Option(
+            help="digits, mnist, fake, a folder with val/<class>/… images or with <class>/…, or shards as in train."
+        ),
     ],
     weights: WeightsOption,
     size: SizeOption = None,
@@ -62,7 +65,7 @@ def evaluate(
     top: Annotated[str | None, typer.Option(help="Right is what is among the k likeliest. Default: 1,5.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many images.")] = None,
     held_out: Annotated[
-        bool, typer.Option("--held-out", help="Of a folder of <class>/…, the fifth that training held out.")
+        bool, typer.Option("--held-out", help="Of <class>/… or shards, the fifth that training held out.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Crops at a time.")] = 16,
     preprocessing: PreprocessingOption = None,

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from vggfast.loading import LoadedModel
-from vggfast.recipes import RecipeError, pictures
+from vggfast.recipes import RecipeError, pictures, shards
 from vggfast.recipes import data as datasets
 from vggfast.recipes.views import Classifier, Views
 
@@ -38,15 +39,15 @@ class Labelled:
 
 
 def find(data: str, *, size: int = 224, limit: int | None = None, held_out: bool = False) -> Labelled:
-    """The images called `data`: the held-out ones of "digits", "mnist" or "fake", or those of a folder.
+    """The images called `data`: the held-out ones of "digits", "mnist" or "fake", or those of a folder or of shards.
 
     Args:
-        data: of a folder with val/<class>/… or test/<class>/… those, else all of <class>/….
+        data: of a folder with val/ or test/ those, else all of it: folders <class>/…, or shards as training takes them.
         size: height and width of the images of "digits", "mnist" and "fake", in pixels.
         limit: at most so many images, in a fixed random order; None for all.
-        held_out: of a folder of <class>/… only the fifth that training on it holds out.
+        held_out: of a folder of <class>/…, or of shards, only the fifth that training on it holds out.
 
-    Raises RecipeError for a folder that is missing or without images, and where a needed package is not installed.
+    Raises RecipeError for a folder or shard that is missing, damaged or without images, and where a needed package is not installed.
     """
     if data in BUILT_IN:
         loaded = datasets.load(data, size=size, batch_size=256, seed=0)
@@ -59,16 +60,29 @@ def find(data: str, *, size: int = 224, limit: int | None = None, held_out: bool
         return Labelled(f"{data}, held out", loaded.classes, _limited(samples, limit), normalised=True)
     root = Path(data)
     part = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
-    classes, files = pictures.in_class_folders(part)
+    classes, samples = _from_shards(str(part)) if shards.is_shards(str(part)) else _from_folders(part)
     name = str(part)
     if held_out and part == root:
-        chosen = datasets.stratified_split(
-            torch.tensor([label for _, label in files]), datasets.TEST_FRACTION, datasets.SPLIT_SEED
-        )[1]
-        files = [files[index] for index in chosen.tolist()]
+        labels = torch.tensor([sample.label for sample in samples])
+        chosen = datasets.stratified_split(labels, datasets.TEST_FRACTION, datasets.SPLIT_SEED)[1]
+        samples = [samples[index] for index in chosen.tolist()]
         name += ", held-out fifth"
-    samples = [Sample(str(path), label, lambda p=path: pictures.read(p)) for path, label in files]  # type: ignore[misc]
     return Labelled(name, classes, _limited(samples, limit))
+
+
+def _from_folders(root: Path) -> tuple[list[str], list[Sample]]:
+    classes, files = pictures.in_class_folders(root)
+    return classes, [Sample(str(path), label, partial(pictures.read, path)) for path, label in files]
+
+
+def _from_shards(place: str) -> tuple[list[str], list[Sample]]:
+    found = shards.read_index(shards.find(place))
+    classes = shards.classes_of(found)
+    targets = shards.targets(found, classes, place)
+    return classes, [
+        Sample(str(sample), label, partial(pictures.read_bytes, str(sample), sample.read))
+        for sample, label in zip(found, targets, strict=True)
+    ]
 
 
 def _limited(samples: list[Sample], limit: int | None) -> list[Sample]:

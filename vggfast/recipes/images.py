@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vggfast.recipes import RecipeError, shards, transforms
+from vggfast.recipes import RecipeError, pictures, shards, transforms
 from vggfast.recipes.data import (
     SPLIT_SEED,
     TEST_FRACTION,
@@ -137,9 +136,9 @@ class _SeededImages(Dataset[Read]):
         chosen = self.indices[index]
         file = self.images.files[chosen]
         try:
-            picture = decode(file.read())
-        except Exception as error:  # Pillow's readers raise a dozen types for damaged files
-            return str(file), (str(error) or type(error).__name__).splitlines()[0]
+            picture = pictures.decode(file.read()).convert("RGB")
+        except Exception as error:
+            return str(file), pictures.reason(error)
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(generator_for(self.seed, epoch, index).get_state())
             return self.transform(picture), self.images.targets[chosen]
@@ -150,19 +149,6 @@ class _SeededImages(Dataset[Read]):
         unreadable = dict(item for item in items if isinstance(item[0], str))
         pixels = torch.stack([item[0] for item in read]) if read else torch.empty(0, 3, self.size, self.size)
         return pixels, torch.tensor([item[1] for item in read], dtype=torch.int64), unreadable
-
-
-def decode(content: bytes) -> Any:
-    """The image in a file's bytes as a PIL image in RGB."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(BytesIO(content)) as picture:
-            return picture.convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(
-            "in no format that Pillow knows" if content else "empty"
-        ) from None  # its own message has an address
 
 
 def _find(data: str, val: str | None) -> tuple[Labelled, Labelled | None]:
@@ -197,18 +183,8 @@ def _labelled(place: str, like: Labelled | None = None) -> Labelled:
         return Labelled(place, images.classes, files, images.targets)
     samples = shards.read_index(shards.find(place))
     classes = shards.classes_of(samples) if like is None else like.classes
-    number = {name: index for index, name in enumerate(classes)}
-    for sample in samples:
-        if _canonical(sample.label) not in number:
-            raise RecipeError(
-                f"{sample} is of class {sample.label!r}: expected the classes {', '.join(classes[:8])}"
-                f"{', …' if len(classes) > 8 else ''} of {like.place if like else place}"
-            )
-    return Labelled(place, classes, [*samples], [number[_canonical(sample.label)] for sample in samples])
-
-
-def _canonical(label: str) -> str:
-    return str(int(label)) if label.isdecimal() else label
+    targets = shards.targets(samples, classes, like.place if like else place)
+    return Labelled(place, classes, [*samples], targets)
 
 
 def _image_folder(root: Path) -> Any:

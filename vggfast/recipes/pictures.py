@@ -1,6 +1,8 @@
-"""Image files: found in class folders, and read with Pillow."""
+"""Image files: found in class folders, and decoded with Pillow."""
 
 import os
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +15,58 @@ class Unreadable(Exception):
     """An image file that cannot be read; says why."""
 
 
-def read(path: str | os.PathLike[str], upright: bool = False) -> Any:
-    """The image as a PIL image in grey ("L") or in RGB; `upright` turns it as the camera noted.
+def decode(content: bytes) -> Any:
+    """The image in a file's bytes as a PIL image in grey ("L") or RGB, turned upright as the camera noted.
 
-    Raises Unreadable where the file is missing, damaged or no image.
+    Raises whatever Pillow raises for what is damaged, and ValueError for what is no image.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, UnidentifiedImageError
 
+    try:
+        with Image.open(BytesIO(content)) as image:
+            image.load()
+            image = _upright(image)
+            return image if image.mode in ("L", "RGB") else image.convert("RGB")
+    except UnidentifiedImageError:  # its own message has an address
+        raise ValueError("in no format that Pillow knows" if content else "empty") from None
+
+
+def _upright(image: Any) -> Any:
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a damaged note about the camera leaves the pixels as they are; Pillow raises many types
+        return image
+
+
+def reason(error: Exception) -> str:
+    """One line of what is wrong with an image: Pillow's readers raise a dozen types for damaged files."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """The image in a file, as `decode` gives it. Raises Unreadable where the file is missing, damaged or no image."""
     if not os.path.isfile(path):
         what = "is a folder; expected an image file" if os.path.isdir(path) else "does not exist"
         raise Unreadable(f"{path} {what}")
+    return read_bytes(os.fspath(path), lambda: Path(path).read_bytes())
+
+
+def read_bytes(name: str, content: Callable[[], bytes]) -> Any:
+    """The image called `name` whose file's bytes `content` returns; Unreadable where it cannot be read."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image) if upright else image
-            return image if image.mode in ("L", "RGB") else image.convert("RGB")
-    except Exception as error:  # Pillow's readers raise a dozen types for damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise Unreadable(f"{path} cannot be read as an image ({reason})") from error
+        return decode(content())
+    except Exception as error:
+        raise Unreadable(f"{name} cannot be read as an image ({reason(error)})") from error
 
 
 def in_class_folders(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     """Classes and labelled files of `root`/<class>/…, in torchvision's order. Raises RecipeError where there are none."""
     if not root.is_dir():
         raise RecipeError(
-            f"no data folder {root}: expected digits, mnist, fake, or a folder of <class>/… images. Check --data"
+            f'no data folder {root}: expected digits, mnist, fake, a folder of <class>/… images, or shards as "data/{{000..003}}.tar". '
+            "Check --data"
         )
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     files = [

@@ -87,7 +87,7 @@ def predict(
         is_path = isinstance(image, str | os.PathLike)
         name = os.fspath(image) if is_path else type(image).__name__
         try:
-            pixels = pictures.read(image, upright=True) if is_path else image
+            pixels = pictures.read(image) if is_path else image
         except pictures.Unreadable as error:
             predictions.append(Prediction(name, [], str(error)))
             continue

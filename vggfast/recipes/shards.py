@@ -117,3 +117,19 @@ def classes_of(samples: list[Sample]) -> list[str]:
     if all(label.isdecimal() for label in labels):
         return [str(number) for number in range(max(map(int, labels)) + 1)]
     return sorted(labels)
+
+
+def targets(samples: list[Sample], classes: list[str], place: str) -> list[int]:
+    """The numbers of the samples' classes among `classes`, which are those of `place`; RecipeError for another class."""
+    number = {name: index for index, name in enumerate(classes)}
+    for sample in samples:
+        if _canonical(sample.label) not in number:
+            raise RecipeError(
+                f"{sample} is of class {sample.label!r}: expected the classes {', '.join(classes[:8])}"
+                f"{', …' if len(classes) > 8 else ''} of {place}"
+            )
+    return [number[_canonical(sample.label)] for sample in samples]
+
+
+def _canonical(label: str) -> str:
+    return str(int(label)) if label.isdecimal() else label
