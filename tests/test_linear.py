@@ -248,6 +248,19 @@ def test_training_steps_follow_torchs() -> None:
         torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_asks_once_whether_the_kernel_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    why_not = dispatch.why_not_linear
+    monkeypatch.setattr(dispatch, "why_not_linear", lambda *arguments: asked.append(arguments) or why_not(*arguments))
+    net, x = vggfast.convert(head().eval()), normal(2, 1000)
+    net(x)
+    assert len(asked) == sum(isinstance(module, nn.Linear) for module in net)
+    for rows in (2, dispatch.LINEAR_ROWS + 1):  # by itself the op asks, too
+        asked.clear()
+        ops.linear(normal(rows, 1000), net[0].weight)
+        assert len(asked) == 1
+
+
 def test_hooks_patches_and_in_place_modules_are_seen() -> None:
     net = vggfast.convert(head().eval())
     x, seen = normal(2, 1000), []

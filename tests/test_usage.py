@@ -1,4 +1,4 @@
-"""The ways people run a network: training in several processes and threads, compiled, traced, exported, checkpointed, offloaded.
+"""The ways people run a network: training in several processes and threads, checkpointed, offloaded, with changed weights.
 
 Each is done twice, to a network that fuses and to plain torch modules with the same weights, and must give the same.
 """
@@ -17,58 +17,18 @@ import torch._dynamo.testing
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from network_reference import error
-from reference import WINOGRAD_BOUND, normal
+from reference import normal
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset
+from usage_reference import BOUND, assert_same, backward, image, layers, pair
 
-from vggfast import VGG11, FusedSequential, explain, ops
-
-BOUND = 8 * WINOGRAD_BOUND  # three convolutions, beside torch's own error
+from vggfast import FusedSequential, explain, ops
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def layers(inplace: bool = True) -> list[nn.Module]:
-    torch.manual_seed(0)
-    act = lambda: nn.ReLU(inplace=inplace)  # noqa: E731
-    return [
-        *(nn.Conv2d(3, 16, 3, padding=1), act()),
-        *(nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24).eval(), act(), nn.MaxPool2d(2, 2)),
-        *(nn.Conv2d(24, 16, 3, padding=1), act(), nn.MaxPool2d(2, 2), nn.Flatten(), nn.Linear(256, 5)),
-    ]
-
-
-def pair(inplace: bool = True) -> tuple[FusedSequential, nn.Sequential]:
-    return FusedSequential(*layers(inplace)).eval(), nn.Sequential(*layers(inplace)).eval()
-
-
-def image(seed: int = 0, n: int = 2, size: int = 16) -> Tensor:
-    return normal(n, 3, size, size, seed=seed)
-
-
-def backward(
-    network: nn.Module, call: Callable[[Tensor], Tensor] | None = None, x: Tensor | None = None
-) -> list[Tensor]:
-    """The output and the gradients of the input and of every parameter."""
-    x = (image() if x is None else x).detach().clone().requires_grad_()
-    network.zero_grad()
-    y = (call or network)(x)
-    y.float().square().sum().backward()
-    assert x.grad is not None
-    return [y.detach(), x.grad, *(p.grad.clone() for p in network.parameters() if p.grad is not None)]
-
-
-def assert_same(ours: list[Tensor], torchs: list[Tensor], bound: float = BOUND) -> None:
-    assert len(ours) == len(torchs) > 0
-    for a, b in zip(ours, torchs, strict=True):
-        assert a.dtype == b.dtype
-        assert a.shape == b.shape
-        assert error(a, b.double()) <= bound
 
 
 def test_the_network_of_these_tests_is_fused() -> None:
@@ -204,103 +164,6 @@ def test_one_weight_in_two_layers() -> None:
         second.weight = first.weight
         results.append(backward(container(first, nn.ReLU(), second, nn.ReLU(), first, nn.MaxPool2d(2))))
     assert_same(*results)
-
-
-# ---- graphs --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile(backend: str) -> None:
-    torch._dynamo.reset()
-    fused, plain = pair() if backend == "aot_eager" else (network[:4] for network in pair())  # C++ takes its time
-    assert_same(backward(fused, torch.compile(fused, fullgraph=True, backend=backend)), backward(plain))
-
-
-def test_compile_keeps_the_fused_ops() -> None:
-    torch._dynamo.reset()
-    graphs: list[torch.fx.GraphModule] = []
-    compiled = torch.compile(pair()[0], fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
-    compiled(image())
-    targets = [node.target for graph in graphs for node in graph.graph.nodes]
-    assert targets.count(torch.ops.vggfast.conv3x3) + targets.count(torch.ops.vggfast.conv3x3.default) == 3
-
-
-def test_compile_with_dynamic_sizes_compiles_once() -> None:
-    torch._dynamo.reset()
-    network, plain = FusedSequential(*layers()[:9]).eval(), nn.Sequential(*layers()[:9]).eval()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(network, fullgraph=True, dynamic=True, backend=counter)
-    for n, size in ((2, 18), (3, 20), (5, 24), (2, 14)):
-        assert_same(backward(network, compiled, image(n=n, size=size)), backward(plain, x=image(n=n, size=size)))
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("way", ["fx", "trace", "script", "export", "export, dynamic"])
-def test_captured_graphs_hold_torchs_operators(way: str, tmp_path) -> None:
-    fused, plain = pair()
-    if way == "fx":
-        captured: Callable[[Tensor], Tensor] = torch.fx.symbolic_trace(fused)
-    elif way == "trace":
-        captured = torch.jit.trace(fused, image())
-    elif way == "script":
-        torch.jit.script(fused).save(str(tmp_path / "scripted"))
-        captured = torch.jit.load(str(tmp_path / "scripted"))
-    else:
-        dynamic = ({0: torch.export.Dim("n", min=2)},) if "dynamic" in way else None
-        program = torch.export.export(fused, (image(),), dynamic_shapes=dynamic)
-        assert "vggfast" not in str(program.graph)
-        torch.export.save(program, str(tmp_path / "exported"))
-        captured = torch.export.load(str(tmp_path / "exported")).module()
-    sizes = (2,) if way == "export" else (2, 5)
-    for n in sizes:
-        assert_same([captured(image(n=n)).detach()], [plain(image(n=n)).detach()])
-    assert_same([fused(image()).detach()], [captured(image()).detach()])
-
-
-def test_vgg_is_exported_and_compiled_and_scripted() -> None:
-    torch._dynamo.reset()
-    model = VGG11(num_classes=3, dropout=0.0).eval().requires_grad_(False)
-    x = image(size=32)
-    expected = [model(x)]
-    assert_same([torch.compile(model, fullgraph=True, backend="aot_eager")(x)], expected)
-    assert_same([torch.export.export(model, (x,)).module()(x)], expected)
-    assert_same([torch.jit.script(model)(x)], expected)
-
-
-# ---- torch.func ----------------------------------------------------------------------------------------------------
-
-
-def loss(network: nn.Module, x: Tensor) -> Tensor:
-    return network(x).square().sum()
-
-
-COMPILED_TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-    "grad": lambda n, x: torch.func.grad(lambda t: loss(n, t))(x),
-    "jvp": lambda n, x: torch.func.jvp(lambda t: n(t), (x,), (x + 1,))[1],
-    "vmap": lambda n, x: torch.func.vmap(lambda t: n(t[None])[0])(x),
-    "vmap of grad": lambda n, x: torch.func.vmap(torch.func.grad(lambda t: loss(n, t[None])))(x),
-}
-
-
-@pytest.mark.parametrize("name", COMPILED_TRANSFORMS)
-def test_compiled_transforms(name: str) -> None:
-    torch._dynamo.reset()
-    fused, plain = (network[:3] for network in pair())  # torch cannot compile the jvp of its own BatchNorm
-    transform = COMPILED_TRANSFORMS[name]
-    compiled = torch.compile(lambda x: transform(fused, x), fullgraph=True, backend="aot_eager")
-    assert_same([compiled(image())], [transform(plain, image())])
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_an_ensemble_by_vmap(layout: torch.memory_format) -> None:
-    """torch.func's stacked module states: batched weights in one call."""
-    networks = [FusedSequential(*layers()).eval() for _ in range(3)]
-    for scale, network in enumerate(networks, 1):
-        network[2].weight.data.mul_(scale)
-    params, buffers = torch.func.stack_module_state(networks)
-    base, x = copy.deepcopy(networks[0]).to("meta"), image().to(memory_format=layout)
-    y = torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (x,)))(params, buffers)
-    assert_same(list(y.detach()), [nn.Sequential(*network)(x).detach() for network in networks])
 
 
 # ---- tensors of other origins --------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 from vggfast import ops
 from vggfast.cuda_plan import Gpu, build_obstacle
 from vggfast.dispatch import switched_on
-from vggfast.fused import Executed, FusedSequential, geometry_obstacle, observer, operands
+from vggfast.fused import Executed, FusedSequential, observer
+from vggfast.runs import geometry_obstacle, operands
 
 __all__ = ["Explanation", "Row", "explain"]
 
