@@ -95,7 +95,7 @@ def networks(data: Json) -> Figure | None:
 
 def losses(data: Json) -> Figure | None:
     """A panel for each group of the losses on features."""
-    what = "Losses on VGG16's features with the images' gradient, 224×224, milliseconds per image (shorter is faster)"
+    what = "Losses on VGG16's features, with gradients: ms per image"  # short: there may be one panel
     return _panels(data, LOSSES, what)
 
 
