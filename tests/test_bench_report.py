@@ -103,6 +103,7 @@ def test_where_vggfast_loses_is_said(data):
     section = report.markdown(data, {})
     assert f"In 2 of {len(report.comparisons(data))} comparisons" in section
     assert "- torch NCHW, forward fp32 batch 1: conv4_1 0.50×" in section
+    assert "- torch NCHW, peak memory of training fp32 batch 8: vgg16 0.10×" in section
 
 
 def test_the_control_is_no_loss_and_shows_what_a_ratio_is_worth(data):

@@ -24,7 +24,7 @@ AMD_ZEN = [
     (26, 0x00, 0xFF, "zen5"),
 ]  # fmt: skip
 INTEL = {85: "skylake", 106: "icelake", 143: "sapphirerapids", 207: "emeraldrapids", 173: "graniterapids"}
-PACKAGES = ["onnxruntime", "openvino", "ncnn", "pnnx", "onnx", "jax", "numpy"]
+PACKAGES = ["onnxruntime", "openvino", "ncnn", "pnnx", "onnx", "jax", "lpips", "numpy"]
 
 
 def cpu_info() -> dict[str, str]:
