@@ -225,7 +225,6 @@ def _execute(run: Run, x: Tensor) -> Tensor:
         return ops.max_pool2x2(x)
     weight, bias = operands(run)
     if run.op == "linear":
-        return ops.fused_linear(
-            x, weight, bias, run.relu is not None
-        )  # `find_run` has asked whether the kernel takes it
+        # `find_run` has asked whether the kernel takes it.
+        return ops.fused_linear(x, weight, bias, run.relu is not None)
     return ops.conv3x3(x, weight, bias, relu=run.relu is not None, pool=run.pool is not None)

@@ -23,22 +23,20 @@ public:
     if (floats <= size_) return data_;
     release();
     // Fresh from the system, not from malloc: what malloc hands out again already has its small pages.
-    const int64_t rounded = (floats * int64_t(sizeof(float)) + page - 1) / page * page;
-    mapped_ = rounded + page;
+    const int64_t rounded = (floats * int64_t(sizeof(float)) + huge_page - 1) / huge_page * huge_page;
+    mapped_ = rounded + huge_page;
     base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base_ == MAP_FAILED) {
       base_ = nullptr;
       throw std::bad_alloc();
     }
-    data_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(base_) + page - 1) / page * page);
+    data_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(base_) + huge_page - 1) / huge_page * huge_page);
     wish_huge_pages(data_, rounded);
     size_ = rounded / int64_t(sizeof(float));
     return data_;
   }
 
 private:
-  static constexpr int64_t page = huge_page;
-
   void release() {
     if (base_) munmap(base_, mapped_);
     base_ = nullptr, data_ = nullptr, size_ = 0;
