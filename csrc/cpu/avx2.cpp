@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
 
 #include "cpu/dtypes.h"

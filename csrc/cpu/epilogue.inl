@@ -42,14 +42,20 @@ static inline Vec max_of_window(Vec v00, Vec v01, Vec v10, Vec v11, uint32_t* ar
   return best;
 }
 
+// The same where nobody asks which it was. Rounding keeps the order, so that the maximum alone is rounded, when it is stored.
+static inline Vec max_of_window(Vec v00, Vec v01, Vec v10, Vec v11) {
+  Vec best = v00;
+  for (const Vec value : {v01, v10, v11}) best = select(greater_or_nan(value, best), value, best);
+  return best;
+}
+
 // pixel is the linear index of the pooled pixel, over [N, H/2, W/2].
 template <class T>
 static inline void store_pooled(const Output& out, int64_t pixel, int64_t k, int lanes, Vec v00, Vec v01, Vec v10, Vec v11) {
+  T* p = (T*)out.data + pixel * out.c + k;
+  if (!out.argmax) return store_lanes(max_of_window(v00, v01, v10, v11), p, lanes);
   uint32_t argmax;
-  const Vec best = max_of_window<T>(v00, v01, v10, v11, &argmax);
-  store_lanes(best, (T*)out.data + pixel * out.c + k, lanes);
-  if (out.argmax) {
-    if (lanes < 16) argmax &= (1u << 2 * lanes) - 1; // unused bits of the last byte are zero
-    memcpy(out.argmax + pixel * ((out.c + 3) / 4) + k / 4, &argmax, (lanes + 3) / 4);
-  }
+  store_lanes(max_of_window<T>(v00, v01, v10, v11, &argmax), p, lanes);
+  if (lanes < 16) argmax &= (1u << 2 * lanes) - 1; // unused bits of the last byte are zero
+  memcpy(out.argmax + pixel * ((out.c + 3) / 4) + k / 4, &argmax, (lanes + 3) / 4);
 }

@@ -22,13 +22,18 @@ static inline void store_lanes(Vec v, T* p, int lanes) {
   v.store_first(p, lanes);
 }
 
+// A gradient before the ReLU that gave y: zero where it was shut.
+template <class T>
+static inline Vec open_gates(Vec g, const T* y, int lanes) {
+  return select(not_below_or_zero(load_lanes(y, lanes)), g, Vec::zero());
+}
+
 // The gradient at one element of `data`, zero where the ReLU was shut.
 template <class T>
 static inline Vec load_masked(const Image& image, int64_t n, int64_t h, int64_t w, int64_t c, int lanes) {
   const Vec g = load_lanes((const T*)image.data + n * image.stride_n + h * image.stride_h + w * image.stride_w + c, lanes);
   if (!image.y) return g;
-  const Vec y = load_lanes((const T*)image.y + n * image.y_stride_n + h * image.y_stride_h + w * image.y_stride_w + c, lanes);
-  return select(not_below_or_zero(y), g, Vec::zero());
+  return open_gates(g, (const T*)image.y + n * image.y_stride_n + h * image.y_stride_h + w * image.y_stride_w + c, lanes);
 }
 
 // A size x size patch of pixels, a vector of channels each: [size][size][Vec::width].
@@ -46,13 +51,30 @@ static inline Range inside(int64_t first, int64_t size, int64_t limit) {
   return {first < 0 ? -first : 0, first + size <= limit ? size : limit - first};
 }
 
+// A loop, since for so few bytes memset takes longer than the transform that follows.
+template <int size>
+static inline void clear(Patch<size>& patch) {
+#pragma GCC unroll 6
+  for (int i = 0; i < size * size; ++i) Vec::zero().store(patch.data + i * Vec::width);
+}
+
 // patch(i, j) = image[n, c..c+lanes, h0 + i, w0 + j], zero outside the image.
 template <class T, int size>
 static inline void load_patch(const Image& image, int64_t n, int64_t h0, int64_t w0, int64_t c, int lanes, Patch<size>& patch) {
   const Range rows = inside(h0, size, image.h), columns = inside(w0, size, image.w);
-  if (rows.begin > 0 || columns.begin > 0 || rows.end < size || columns.end < size) memset(patch.data, 0, sizeof(patch.data));
-  for (int64_t i = rows.begin; i < rows.end; ++i)
-    for (int64_t j = columns.begin; j < columns.end; ++j) load_masked<T>(image, n, h0 + i, w0 + j, c, lanes).store(patch.at(i, j));
+  if (rows.begin > 0 || columns.begin > 0 || rows.end < size || columns.end < size) clear(patch);
+  const int64_t h = h0 + rows.begin, w = w0 + columns.begin;
+  const T* data = (const T*)image.data + n * image.stride_n + h * image.stride_h + w * image.stride_w + c;
+  const T* y = (const T*)image.y;
+  if (y) y += n * image.y_stride_n + h * image.y_stride_h + w * image.y_stride_w + c;
+  for (int64_t i = rows.begin; i < rows.end; ++i, data += image.stride_h, y += y ? image.y_stride_h : 0)
+    for (int64_t j = columns.begin; j < columns.end; ++j) {
+      const int64_t column = j - columns.begin;
+      const T* pixel = data + column * image.stride_w;
+      __builtin_prefetch(pixel + Vec::width); // the next patch, of the channels that follow
+      const Vec g = load_lanes(pixel, lanes);
+      (y ? open_gates(g, y + column * image.y_stride_w, lanes) : g).store(patch.at(i, j));
+    }
 }
 
 // The same for a pooled image: every pool window that touches the patch is read once and spread over its four positions.
@@ -61,7 +83,7 @@ static inline void load_pooled_patch(const Image& image, int64_t n, int64_t h0, 
                                      Patch<size>& patch) {
   const int64_t pooled_h = image.h / 2, pooled_w = image.w / 2, bytes = (image.c + 3) / 4;
   const bool all = h0 >= 0 && w0 >= 0 && h0 + size <= 2 * pooled_h && w0 + size <= 2 * pooled_w;
-  if (!all) memset(patch.data, 0, sizeof(patch.data));
+  if (!all) clear(patch);
   for (int64_t ph = h0 < 0 ? 0 : h0 / 2; ph < pooled_h && 2 * ph < h0 + size; ++ph)
     for (int64_t pw = w0 < 0 ? 0 : w0 / 2; pw < pooled_w && 2 * pw < w0 + size; ++pw) {
       const Vec g = load_masked<T>(image, n, ph, pw, c, lanes);

@@ -76,7 +76,8 @@ static inline void both_dimensions(const Vec (&in)[from][from], Vec (&out)[to][t
 
 // B^T d B of the patch whose pixel (i, j) is at d + i * row + j * column. Points are made a pair of rows at a time, from pixels
 // that are loaded again for each pair: loads are cheap beside the stores, and a whole 6x6 of vectors would not fit the registers.
-static inline void input_tile(const float* d, int64_t row, int64_t column, float* v, int64_t position) {
+// What is `next` floats further on is transformed next: its lines are asked for meanwhile, or each load would wait for L2.
+static inline void input_tile(const float* d, int64_t row, int64_t column, float* v, int64_t position, int64_t next) {
   const int64_t columns[6] = {0, column, 2 * column, 3 * column, 4 * column, 5 * column};
   const float *d0 = d, *d1 = d0 + row, *d2 = d1 + row, *d3 = d2 + row, *d4 = d3 + row, *d5 = d4 + row;
   const auto store_row = [&](int i, const Vec(&half)[6]) {
@@ -89,8 +90,10 @@ static inline void input_tile(const float* d, int64_t row, int64_t column, float
   const auto outer_row = [&](int i, const float* a, const float* b, const float* c) { // points 0 and infinity
     Vec half[6];
 #pragma GCC unroll 6
-    for (int j = 0; j < 6; ++j)
+    for (int j = 0; j < 6; ++j) {
       half[j] = fma(Vec::set(-2.5f), Vec::load(b + columns[j]), Vec::load(a + columns[j]) + Vec::load(c + columns[j]));
+      for (const float* p : {a, b, c}) __builtin_prefetch(p + columns[j] + next);
+    }
     store_row(i, half);
   };
   const auto inner_rows = [&](int i, float inverse, float root) { // points +-root
@@ -120,13 +123,15 @@ static void winograd_input(const Image& x, const TileRange& tiles, const Points&
     float* p = v.data + (t - tiles.begin) * v.row;
     const bool inside = h >= 0 && w >= 0 && h + 6 <= x.h && w + 6 <= x.w;
     int64_t c = 0;
-    for (; inside && c < whole; c += Vec::width) // straight from the image
+    for (; inside && c < whole; c += Vec::width) { // straight from the image
+      const int64_t next = c + Vec::width < whole ? Vec::width : 4 * x.stride_w - c;
       input_tile((const float*)x.data + tile.n * x.stride_n + h * x.stride_h + w * x.stride_w + c, x.stride_h, x.stride_w, p + c,
-                 v.position);
+                 v.position, next);
+    }
     for (; c < x.c; c += Vec::width) {
       Patch<6> patch;
       load_any_patch<T>(x, tile.n, h, w, c, lanes_from(c, x.c), patch);
-      input_tile(patch.data, 6 * Vec::width, Vec::width, p + c, v.position);
+      input_tile(patch.data, 6 * Vec::width, Vec::width, p + c, v.position, 0);
     }
   }
 }
