@@ -55,7 +55,7 @@ CPU_ROWS = [
     ),
     Row("inference, float32, batch 1, against float16 weights", ("vgg16 inference fp32 batch 1",), ("ncnn half",)),
     Row("inference, bfloat16, batch 8", ("vgg16 inference bf16 batch 8",), (*COMPILED, "openvino")),
-    Row("inference, bfloat16, batch 1", ("vgg16 inference bf16 batch 1",), (*COMPILED, "openvino")),
+    Row("inference, bfloat16, batch 1", ("vgg16 inference bf16 batch 1",), (*COMPILED, "openvino", "ncnn half")),
     Row("the 13 convolutions, float32, batch 1", _layers("forward", 1, "fp32"), (TORCH,)),
     Row("the 13 convolutions, float32, batch 8", _layers("forward", 8, "fp32"), (TORCH,)),
     Row("their input gradients, float32, batch 8", _layers("grad_input", 8, "fp32"), (TORCH,)),
