@@ -2,7 +2,6 @@
 #include <immintrin.h>
 
 #include <cstring>
-#include <initializer_list>
 #include <type_traits>
 
 #include "cpu/dtypes.h"

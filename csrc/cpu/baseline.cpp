@@ -1,6 +1,5 @@
 // Any machine the compiler targets by default: 16 vector registers of 4 floats hold 6 x 2 accumulators.
 #include <cstring>
-#include <initializer_list>
 #include <type_traits>
 
 #include "cpu/dtypes.h"

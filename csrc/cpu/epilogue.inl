@@ -44,8 +44,9 @@ static inline Vec max_of_window(Vec v00, Vec v01, Vec v10, Vec v11, uint32_t* ar
 
 // The same where nobody asks which it was. Rounding keeps the order, so that the maximum alone is rounded, when it is stored.
 static inline Vec max_of_window(Vec v00, Vec v01, Vec v10, Vec v11) {
+  const Vec others[3] = {v01, v10, v11};
   Vec best = v00;
-  for (const Vec value : {v01, v10, v11}) best = select(greater_or_nan(value, best), value, best);
+  for (const Vec& value : others) best = select(greater_or_nan(value, best), value, best);
   return best;
 }
 

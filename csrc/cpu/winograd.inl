@@ -92,7 +92,9 @@ static inline void input_tile(const float* d, int64_t row, int64_t column, float
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
       half[j] = fma(Vec::set(-2.5f), Vec::load(b + columns[j]), Vec::load(a + columns[j]) + Vec::load(c + columns[j]));
-      for (const float* p : {a, b, c}) __builtin_prefetch(p + columns[j] + next);
+      __builtin_prefetch(a + columns[j] + next);
+      __builtin_prefetch(b + columns[j] + next);
+      __builtin_prefetch(c + columns[j] + next);
     }
     store_row(i, half);
   };
