@@ -41,7 +41,7 @@ struct Output {
   uint8_t* argmax = nullptr;   // [N, H/2, W/2, ceil(C/4)] or null
   const float* bias = nullptr; // [C rounded up to 64] or null
   bool relu = false, pool = false;
-  bool stream = false; // store past the caches: fp32, unpooled, data aligned to 64 bytes, c a multiple of 16
+  bool stream = false; // store past the caches: fp32, data aligned to 64 bytes, c a multiple of 16
 };
 
 } // namespace vggfast

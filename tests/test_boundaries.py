@@ -46,6 +46,21 @@ def test_outputs_larger_than_the_caches(isa: str, algo: str, c_out: int) -> None
         assert float((y.double() - exact).norm() / exact.norm()) < 1e-6
 
 
+@pytest.mark.parametrize("c_out", [16, 24])
+@pytest.mark.parametrize("algo", ["winograd", "direct"])
+def test_pooled_outputs_larger_than_the_caches(isa: str, algo: str, c_out: int) -> None:
+    """With and without the winners' positions: windows at odd edges are left out, and no other store may be missing."""
+    _C.set_conv_algo(algo)
+    h = 2 * int(((9 << 18) / c_out) ** 0.5) + 1  # 9 MB after the pool
+    x, weight, bias = problem(1, 16, c_out, h, h + 2)
+    y = ops.conv3x3(x, weight, bias, pool=True)
+    assert y.numel() * 4 > 8 << 20
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    exact = torch.nn.functional.max_pool2d(torch.relu(exact), 2)
+    assert float((y.double() - exact).norm() / exact.norm()) < 1e-6
+    assert torch.equal(ops.conv3x3(x, weight.requires_grad_(), bias, pool=True).detach(), y)
+
+
 @pytest.mark.parametrize(("n", "h", "w"), [(1, 92, 93), (3, 52, 55), (7, 36, 40)])
 def test_filter_gradients_of_many_tiles(isa: str, n: int, h: int, w: int) -> None:
     """Four parts of the tiles are summed apart, and no part may be lost or counted twice."""

@@ -93,10 +93,12 @@ Tensor empty_argmax(const Tensor& like, bool wanted, int64_t n, int64_t c, int64
   return empty_of(like, wanted ? std::vector<int64_t>{n, h / 2, w / 2, ceil_div(c, 4)} : std::vector<int64_t>{0}, ScalarType::Byte);
 }
 
-// A result larger than the caches would be read into them, line by line, only to be overwritten.
+// A result larger than the caches would be read into them, line by line, only to be overwritten. A pooled one is smaller, and
+// worth keeping for the next layer up to a few MB.
 bool passes_caches(const Output& out) {
-  return out.dtype == DType::f32 && !out.pool && out.c % 16 == 0 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 &&
-         out.n * out.h * out.w * out.c * 4 >= int64_t(4) << 20;
+  const int64_t pixels = out.pool ? out.n * (out.h / 2) * (out.w / 2) : out.n * out.h * out.w;
+  return out.dtype == DType::f32 && out.c % 16 == 0 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 &&
+         pixels * out.c * 4 >= int64_t(out.pool ? 8 : 4) << 20;
 }
 
 void run_forward(const Image& x, const Filters& w, Output out) {

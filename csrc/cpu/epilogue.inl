@@ -50,13 +50,21 @@ static inline Vec max_of_window(Vec v00, Vec v01, Vec v10, Vec v11) {
   return best;
 }
 
+template <class T>
+static inline void store_result(const Output& out, Vec v, T* p, int lanes) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (out.stream) return v.stream(p);
+  }
+  store_lanes(v, p, lanes);
+}
+
 // pixel is the linear index of the pooled pixel, over [N, H/2, W/2].
 template <class T>
 static inline void store_pooled(const Output& out, int64_t pixel, int64_t k, int lanes, Vec v00, Vec v01, Vec v10, Vec v11) {
   T* p = (T*)out.data + pixel * out.c + k;
-  if (!out.argmax) return store_lanes(max_of_window(v00, v01, v10, v11), p, lanes);
+  if (!out.argmax) return store_result(out, max_of_window(v00, v01, v10, v11), p, lanes);
   uint32_t argmax;
-  store_lanes(max_of_window<T>(v00, v01, v10, v11, &argmax), p, lanes);
+  store_result(out, max_of_window<T>(v00, v01, v10, v11, &argmax), p, lanes);
   if (lanes < 16) argmax &= (1u << 2 * lanes) - 1; // unused bits of the last byte are zero
   memcpy(out.argmax + pixel * ((out.c + 3) / 4) + k / 4, &argmax, (lanes + 3) / 4);
 }
