@@ -50,7 +50,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_algo", &cpu::conv_algo, "The convolution algorithm in use: auto, winograd or direct.");
   m.def("set_conv_algo", &cpu::set_conv_algo, pybind11::arg("name"), "Use auto, winograd or direct.");
   m.def("cpu_plan", &cpu::describe_plan, pybind11::arg("which"), pybind11::arg("n"), pybind11::arg("c_in"), pybind11::arg("c_out"),
-        pybind11::arg("h"), pybind11::arg("w"), "The plan of 'forward', 'grad_input' or 'grad_weight' for a CPU, in words.");
+        pybind11::arg("h"), pybind11::arg("w"), pybind11::arg("dtype") = "float32",
+        "The plan of 'forward', 'grad_input' or 'grad_weight' for a CPU, in words.");
 #ifdef VGGFAST_CUDA
   m.def("cuda_plan", &vggfast::cuda::describe_plan, pybind11::arg("which"), pybind11::arg("n"), pybind11::arg("c_in"),
         pybind11::arg("c_out"), pybind11::arg("h"), pybind11::arg("w"), pybind11::arg("pool"), pybind11::arg("dtype"),

@@ -58,7 +58,11 @@ class Config(NamedTuple):
         return f"{self.isa}-{self.algo}-{str(self.dtype).removeprefix('torch.')}"
 
 
-CONFIGS = [Config(isa, algo, dtype) for isa in _C.cpu_isas() for algo in ALGOS for dtype in DTYPES]
+# AMX's tile registers, or the same kernels over an emulation of them: another direct kernel for bfloat16, and no other difference.
+AMX = next((isa for isa in _C.cpu_isas() if isa.startswith("amx")), None)
+ISAS = [isa for isa in _C.cpu_isas() if not isa.startswith("amx")]
+CONFIGS = [Config(isa, algo, dtype) for isa in ISAS for algo in ALGOS for dtype in DTYPES]
+CONFIGS += [Config(AMX, "direct", torch.bfloat16)] if AMX else []
 CONFIGS_FP32 = [config for config in CONFIGS if config.dtype == torch.float32]
 
 

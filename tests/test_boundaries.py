@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import assert_same_bits, check_against_float64, integers, normal, problem
+from reference import ISAS, assert_same_bits, check_against_float64, integers, normal, problem
 
 from vggfast import _C, ops
 
 
-@pytest.fixture(params=_C.cpu_isas())
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> str:
     _C.set_cpu_isa(request.param)
     return str(request.param)

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_same_bits, gradients, integers, normal
+from reference import ISAS, assert_same_bits, gradients, integers, normal
 from torch import Tensor, nn
 
 import vggfast
@@ -19,7 +19,7 @@ RAW = torch.ops.vggfast
 LARGE = (1100, 1000)  # out, in: just enough weights for the kernel
 
 
-@pytest.fixture(params=_C.cpu_isas())
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> str:
     _C.set_cpu_isa(request.param)
     return str(request.param)

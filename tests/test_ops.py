@@ -13,6 +13,7 @@ from reference import (
     CONFIGS,
     CONFIGS_FP32,
     DTYPES,
+    ISAS,
     LAYOUTS,
     SUBNORMAL,
     UNIT,
@@ -35,7 +36,7 @@ EPILOGUES = list(itertools.product([False, True], repeat=2))
 CHANNELS = {(layer.c_in, layer.c_out): layer for layer in VGG16_LAYERS}
 
 
-@pytest.fixture(params=_C.cpu_isas())
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> str:
     _C.set_cpu_isa(request.param)
     return str(request.param)

@@ -104,7 +104,7 @@ bool passes_caches(const Output& out) {
 void run_forward(const Image& x, const Filters& w, Output out) {
   out.stream = passes_caches(out);
   const Kernels& k = kernels();
-  const Plan plan = choose_plan(x.n, x.c, w.out, x.h, x.w, this_machine(k), algo());
+  const Plan plan = choose_plan(x.dtype, x.n, x.c, w.out, x.h, x.w, this_machine(k), algo());
   const Workspace workspace(forward_workspace(k, plan, x, w, out));
   forward(k, plan, x, w, out, workspace.data(), parallel_jobs);
 }
@@ -116,9 +116,9 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& weight, co
   Tensor y = pool ? empty_nhwc(x_any, n, c, h / 2, w / 2) : empty_nhwc(x_any, n, c, h, w);
   Tensor argmax = empty_argmax(x_any, pool && save_argmax, n, c, h, w);
   if (n == 0) return {y, argmax};
-  const Plan plan = choose_plan(n, x_any.size(1), c, h, w, this_machine(kernels()), algo());
-  // The direct kernel reads the few channels of a first layer from any layout; everything else wants channels adjacent.
-  const bool any_layout = plan.algorithm == Algorithm::direct && x_any.size(1) <= 4;
+  const Plan plan = choose_plan(dtype_of(x_any), n, x_any.size(1), c, h, w, this_machine(kernels()), algo());
+  // Direct kernels read the few channels of a first layer from any layout; everything else wants channels adjacent.
+  const bool any_layout = plan.algorithm != Algorithm::winograd && x_any.size(1) <= 4;
   const Tensor x = any_layout ? x_any : with_adjacent_channels(x_any);
   const std::vector<float> values = bias_values(bias);
   Output out = output_of(y, h, w);
@@ -197,7 +197,8 @@ void set_conv_algo(const std::string& name) {
   algo() = parse_algo(name);
 }
 
-std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w) {
+std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w,
+                          const std::string& dtype) {
   for (int64_t size : {n, in, out, h, w})
     if (size < 1 || size > max_elements) throw std::invalid_argument("sizes: expected 1 ... 2^40, got " + std::to_string(size));
   // In floating point, since the products of such sizes pass 64 bits.
@@ -208,8 +209,13 @@ std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_
                                 std::to_string(out) + " channels");
   const Kernels& k = kernels();
   const Machine m = this_machine(k);
-  if (pass == "forward") return to_string(choose_plan(n, in, out, h, w, m, algo()));
-  if (pass == "grad_input") return to_string(choose_plan(n, out, in, h, w, m, algo()));
+  const DType type = dtype == "float32"    ? DType::f32
+                     : dtype == "bfloat16" ? DType::bf16
+                     : dtype == "float16"
+                         ? DType::f16
+                         : throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
+  if (pass == "forward") return to_string(choose_plan(type, n, in, out, h, w, m, algo()));
+  if (pass == "grad_input") return to_string(choose_plan(type, n, out, in, h, w, m, algo()));
   if (pass == "grad_weight") return to_string(choose_grad_weight_plan(n, in, out, h, w, m, algo()));
   throw std::invalid_argument("pass: expected forward, grad_input or grad_weight, got '" + pass + "'");
 }

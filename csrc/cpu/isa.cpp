@@ -4,8 +4,31 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#  include <cpuid.h>
+#  include <sys/syscall.h>
+#  include <unistd.h>
+#endif
+
 namespace vggfast::cpu {
 namespace {
+
+// Whether the CPU has tile registers for bfloat16 and the system lets this process use them. Asked for once: the answer holds for
+// every thread, and after a fork.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool has = [] {
+    constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+    constexpr long request_permission = 0x1023, tile_data = 18; // arch_prctl(2)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & amx_bf16) && (d & amx_tile) &&
+           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
 
 std::vector<const Kernels*> runnable() { // best first
   std::vector<const Kernels*> found;
@@ -13,11 +36,18 @@ std::vector<const Kernels*> runnable() { // best first
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl")) {
+    if (has_amx()) found.push_back(&kernels_amx);
     found.push_back(&kernels_avx512);
+  }
   if (avx2) found.push_back(&kernels_avx2);
 #endif
   found.push_back(&kernels_baseline);
+#if defined(__x86_64__)
+  // For tests alone, and slow: hence last.
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    found.push_back(&kernels_amx_emulated);
+#endif
   return found;
 }
 

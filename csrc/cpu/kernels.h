@@ -58,6 +58,8 @@ static constexpr int kLinearRows = 8;       // that the forward kernel takes at 
 static constexpr int kLinearColumns = 1024; // of a gradient that a call makes at most: they stay in L2 while the weights pass by
 static constexpr int kLinearPadding = 8;    // outputs that `grad` has past the last one, zero
 
+struct BFloat16;
+
 struct Kernels {
   const char* name;
   int width; // floats a vector
@@ -86,8 +88,13 @@ struct Kernels {
 
   void (*max_pool_rows)(const Image&, const Output&, int64_t begin, int64_t end);         // rows of N * H/2
   void (*max_pool_grad_rows)(const Image& dz, const Output&, int64_t begin, int64_t end); // rows of N * H
+
+  // Only with AMX's tile registers, for bfloat16; else null. Blocks [begin, end) of the output channels.
+  void (*amx_filters)(const Filters&, int64_t block, BFloat16* packed) = nullptr;
+  void (*amx_rows)(const Image&, const BFloat16* packed, const Output&, int64_t n, int64_t h_begin, int64_t h_end, int64_t begin,
+                   int64_t end, float* scratch) = nullptr;
 };
 
-extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_amx, kernels_amx_emulated;
 
 } // namespace vggfast::cpu

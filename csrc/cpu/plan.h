@@ -3,15 +3,16 @@
 #include <algorithm>
 #include <string>
 
-#include "cpu/kernels.h"
+#include "cpu/amx.h"
 
 namespace vggfast::cpu {
 
-enum class Algorithm { automatic, winograd, direct };
+enum class Algorithm { automatic, winograd, direct, amx }; // amx: direct, on tile registers; only ever planned
 
 struct Machine {
   int width, block, rows; // of the ISA's micro-kernel
   int threads;
+  bool amx = false; // it has the tile registers
 };
 
 // How Winograd's steps (V of the input, M = V U, Y of M; in grad_weight Z of the gradients, S = V^T Z) are shared out.
@@ -29,14 +30,17 @@ struct Plan {
   int64_t groups; // tile-fused: groups of `tiles` tiles that a thread takes one after another
                   // channels-split: blocks of output channels that are under way at once
                   // grad_weight: parts of the tiles whose sums are kept apart; depends on the problem alone, and so do bits
-  // Direct: output rows a thread takes at once.
+  // Direct and AMX: output rows a thread takes at once.
   int64_t band;
   const char* reason;
-  int64_t splits = 1; // outputs-split
+  int64_t splits = 1; // outputs-split, AMX: ranges of output channels
 };
 
 inline std::string to_string(const Plan& p) {
   if (p.algorithm == Algorithm::direct) return "direct, bands of " + std::to_string(p.band) + " rows: " + p.reason;
+  if (p.algorithm == Algorithm::amx)
+    return "direct on AMX tiles, bands of " + std::to_string(p.band) + " rows" +
+           (p.splits > 1 ? ", output channels in " + std::to_string(p.splits) + " ranges: " : ": ") + p.reason;
   const char* schedules[] = {"tile-fused", "V shared, output channels split", "V shared, points split", "outputs split"};
   return std::string("winograd F(4x4,3x3), ") + schedules[int(p.schedule)] + ", tiles " + std::to_string(p.tiles) + ": " + p.reason;
 }
@@ -57,6 +61,17 @@ inline Plan plan_direct(int64_t in, int64_t h, int64_t w, const char* reason) {
   return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, std::min(band, round_up(h, 2)), reason};
 }
 
+// AMX: a thread keeps a padded band in L2, beside the filters of a block of output channels, and passes over it block by block. Few
+// and small bands do not give all threads work: they then take ranges of the output channels as well.
+inline Plan plan_amx(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m) {
+  const int64_t row_bytes = AmxShape(in, w).row(w) * 2, fitting = (1 << 20) / row_bytes - 2, rows = round_up(h, 2);
+  int64_t band = std::min(std::max<int64_t>(fitting / 2 * 2, 2), rows);
+  while (band > 8 && n * ceil_div(h, band) < 8 * m.threads) band = round_up(band / 2, 2);
+  const int64_t jobs = n * ceil_div(h, band), blocks = ceil_div(out, kAmxBlock);
+  const int64_t splits = std::min(blocks, ceil_div(4 * m.threads, jobs));
+  return {Algorithm::amx, Schedule::tile_fused, 0, 0, 0, band, "bfloat16 products are sixteen times as many there", splits};
+}
+
 // Winograd multiplies 36 values a tile and channel pair where direct multiplies 9 a pixel; the transforms cost about a quarter
 // more, and both channel counts must be large enough to share them.
 inline const char* why_direct(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w) {
@@ -66,7 +81,8 @@ inline const char* why_direct(int64_t n, int64_t in, int64_t out, int64_t h, int
 }
 
 // Forward and grad_input: n images of h x w, `in` channels read, `out` channels written.
-inline Plan choose_plan(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m, Algorithm wanted) {
+inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m, Algorithm wanted) {
+  if (m.amx && dtype == DType::bf16 && wanted != Algorithm::winograd) return plan_amx(n, in, out, h, w, m);
   const char* direct = wanted == Algorithm::direct     ? "asked for"
                        : wanted == Algorithm::winograd ? nullptr
                                                        : why_direct(n, in, out, h, w);

@@ -346,10 +346,11 @@ bool grad_weight_winograd(const Kernels& k, const Plan& plan, const Image& x, co
 } // namespace
 
 Machine machine(const Kernels& k, int threads) {
-  return {k.width, k.block, k.rows, threads};
+  return {k.width, k.block, k.rows, threads, k.amx_rows != nullptr};
 }
 
 int64_t forward_workspace(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output&) {
+  if (plan.algorithm == Algorithm::amx) return amx_workspace(x, w);
   const int64_t direct = direct_workspace(k, x, w); // Winograd may have to be repeated directly
   if (plan.algorithm == Algorithm::direct) return direct;
   const Sizes size(k, plan, x.c);
@@ -360,6 +361,7 @@ int64_t forward_workspace(const Kernels& k, const Plan& plan, const Image& x, co
 
 void forward(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* workspace,
              const Parallel& parallel) {
+  if (plan.algorithm == Algorithm::amx) return forward_amx(k, plan, x, w, out, workspace, parallel);
   if (plan.algorithm == Algorithm::winograd) {
     const auto run = plan.schedule == Schedule::tile_fused       ? forward_tile_fused
                      : plan.schedule == Schedule::channels_split ? forward_channels_split

@@ -14,6 +14,10 @@ using Parallel = std::function<void(int64_t jobs, const std::function<void(int64
 int64_t forward_workspace(const Kernels&, const Plan&, const Image& x, const Filters& w, const Output&);
 void forward(const Kernels&, const Plan&, const Image& x, const Filters& w, const Output&, float* workspace, const Parallel&);
 
+// The same for a plan of Algorithm::amx, which the two above pass on.
+int64_t amx_workspace(const Image& x, const Filters& w);
+void forward_amx(const Kernels&, const Plan&, const Image& x, const Filters& w, const Output&, float* workspace, const Parallel&);
+
 // dw = gradient of the filters, bias[K] = sum of dz. Sums run in an order that depends on the problem alone: equal bits every run.
 int64_t grad_weight_workspace(const Kernels&, const Plan&, const Image& x, const Image& dz);
 void grad_weight(const Kernels&, const Plan&, const Image& x, const Image& dz, const Filters& dw, float* bias, float* workspace,

@@ -11,7 +11,9 @@ namespace vggfast::cpu {
 std::string conv_algo();
 void set_conv_algo(const std::string& name);
 
-// What the named pass ("forward", "grad_input", "grad_weight") would run, in words.
-std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w);
+// What the named pass ("forward", "grad_input", "grad_weight") would run on tensors of that dtype ("float32", "bfloat16",
+// "float16"), in words.
+std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w,
+                          const std::string& dtype);
 
 } // namespace vggfast::cpu

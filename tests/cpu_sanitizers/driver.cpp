@@ -123,11 +123,13 @@ struct Problem {
 };
 
 // Every schedule, whether or not plan.h would choose it for so small a problem; direct first.
-std::vector<Plan> plans(const Problem& p, int64_t in, int64_t out, const Machine& m) {
-  std::vector<Plan> all = {choose_plan(p.n, in, out, p.h, p.w, m, Algorithm::direct)};
+std::vector<Plan> plans(DType dtype, const Problem& p, int64_t in, int64_t out, const Machine& m) {
+  std::vector<Plan> all = {choose_plan(dtype, p.n, in, out, p.h, p.w, m, Algorithm::direct)};
+  if (m.amx)
+    all.push_back({Algorithm::amx, Schedule::tile_fused, 0, 0, 0, 2, "driver", std::min<int64_t>(ceil_div(out, kAmxBlock), 2)});
   if (p.channels_first) return all;
   const int64_t tiles = tile_grid(p.n, p.h, p.w).count();
-  all.push_back(choose_plan(p.n, in, out, p.h, p.w, m, Algorithm::automatic));
+  all.push_back(choose_plan(dtype, p.n, in, out, p.h, p.w, m, Algorithm::automatic));
   all.push_back({Algorithm::winograd, Schedule::tile_fused, m.rows, in, 2, 0, "driver"});
   all.push_back({Algorithm::winograd, Schedule::channels_split, tiles, std::min<int64_t>(in, 24), 1, 0, "driver"});
   all.push_back({Algorithm::winograd, Schedule::points_split, ceil_div(tiles, 2), in, 1, 0, "driver"});
@@ -193,7 +195,7 @@ private:
 
   void convolve(const char* what, const Image& image, const Filters& filters, const Output& out, int64_t count) {
     Expected expected;
-    for (const Plan& plan : plans(p_, image.c, filters.out, machine_)) {
+    for (const Plan& plan : plans(dtype_, p_, image.c, filters.out, machine_)) {
       Buffer workspace(forward_workspace(k_, plan, image, filters, out) * sizeof(float), 64);
       forward(k_, plan, image, filters, out, workspace.as<float>(), run_jobs);
       expected.check(what, plan, out.data, dtype_, count);
@@ -296,6 +298,7 @@ int main(int count, char** arguments) {
   for (const Place where : {Place::heap, Place::page_end, Place::page_begin})
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
       for (const Problem& problem : problems) {
+        if (k.amx_rows && dtype != DType::bf16) continue; // the rest is avx512's
         if (few && (where != Place::heap || dtype != DType::f32 || problem.n * problem.h < 13)) continue;
         place = where, threads = where == Place::page_begin ? 1 : 3;
         if (dtype == DType::f32) run_linear(k, 1 + problem.in % max_linear_rows, 9 * problem.in, problem.out);

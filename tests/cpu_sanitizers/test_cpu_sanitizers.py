@@ -17,13 +17,12 @@ from vggfast import _C
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-KERNELS = ("avx512", "avx2", "baseline")  # slowest to compile first
+KERNELS = ("avx512", "amx", "avx2", "baseline")  # slowest to compile first
 COMMON = ("-std=c++17", "-O1", "-g1")
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREAD = ("-fsanitize=thread",)
-ONLY_BASELINE = (
-    '#include "cpu/kernels.h"\nnamespace vggfast::cpu {\nconst Kernels kernels_avx2{"-"}, kernels_avx512{"-"};\n}\n'
-)
+AMX_CALLS = 2109  # of bfloat16 alone
+ONLY_BASELINE = '#include "cpu/kernels.h"\nnamespace vggfast::cpu {\nconst Kernels kernels_avx2{"-"}, kernels_avx512{"-"}, kernels_amx{"-"}, kernels_amx_emulated{"-"};\n}\n'
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the sanitizers' builds need g++: apt install g++")
 
@@ -63,12 +62,16 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def address_objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return build(tmp_path_factory.mktemp("address"), (*KERNELS, "driver", "schedule", "isa"), ADDRESS)
+    return build(tmp_path_factory.mktemp("address"), (*KERNELS, "driver", "schedule", "schedule_amx", "isa"), ADDRESS)
 
 
 @pytest.fixture(scope="module")
 def thread_objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return build(tmp_path_factory.mktemp("thread"), ("baseline", "driver", "schedule", "isa", "only_baseline"), THREAD)
+    return build(
+        tmp_path_factory.mktemp("thread"),
+        ("baseline", "driver", "schedule", "schedule_amx", "isa", "only_baseline"),
+        THREAD,
+    )
 
 
 def test_no_access_outside_a_buffer_and_no_undefined_behaviour(
@@ -78,7 +81,7 @@ def test_no_access_outside_a_buffer_and_no_undefined_behaviour(
     with ThreadPoolExecutor(2) as pool:
         for isa, done in zip(_C.cpu_isas(), pool.map(lambda isa: run(program, isa), _C.cpu_isas()), strict=True):
             assert done.returncode == 0, f"{isa}:\n{done.stdout}{done.stderr}"
-            assert done.stdout == f"{isa}: 5637 calls\n"
+            assert done.stdout == f"{isa}: {AMX_CALLS if isa.startswith('amx') else 5637} calls\n"
 
 
 def test_no_data_race(thread_objects: dict[str, Path], tmp_path: Path) -> None:
@@ -127,6 +130,14 @@ MUTATIONS = {
         "w[s] = s < outs ? Vec::load(p) : Vec::zero();",
         "baseline",
         "baseline",
+        "heap-buffer-overflow",
+    ),
+    "AMX's results past the last channel": Mutation(
+        "amx.inl",
+        "store_lanes(result(row * below + i * kAmxBlock), p + i * out.c, lanes);",
+        "result(row * below + i * kAmxBlock).store(p + i * out.c);",
+        "amx_emulated",
+        "amx",
         "heap-buffer-overflow",
     ),
     "threads that share a sum": Mutation(

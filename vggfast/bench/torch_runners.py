@@ -254,6 +254,7 @@ def describe_kernel(case: Case) -> str:
     step = case.task if case.device == "cuda" and case.task in ("grad_input", "grad_weight") else "forward"
     decision = ops.conv3x3_kernel(x, weight, pool=layer.pool, step=step)
     if decision.fused and case.device == "cpu" and case.task in ("grad_input", "grad_weight"):
-        plan: str = _C.cpu_plan(case.task, case.batch, layer.c_in, layer.c_out, layer.size, layer.size)
+        dtype = str(x.dtype).removeprefix("torch.")
+        plan: str = _C.cpu_plan(case.task, case.batch, layer.c_in, layer.c_out, layer.size, layer.size, dtype)
         return plan.partition(": ")[0]
     return decision.kernel if decision.fused else f"aten: {decision.reason}"

@@ -1,0 +1,40 @@
+// AVX-512 with AMX's bfloat16 tiles: those of avx512.cpp, and direct convolution of bfloat16 on tile registers.
+#include <immintrin.h>
+
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/amx.h"
+#include "cpu/dtypes.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace vggfast::cpu::amx {
+static constexpr int kVecs = 2;
+#include "cpu/tiles_amx.h"
+#include "cpu/vec_avx512.h"
+
+#include "cpu/amx_algorithm.inl"
+} // namespace vggfast::cpu::amx
+
+namespace vggfast::cpu::amx_emulated {
+static constexpr int kVecs = 2;
+#include "cpu/tiles_emulated.h"
+#include "cpu/vec_avx512.h"
+
+#include "cpu/amx_algorithm.inl"
+} // namespace vggfast::cpu::amx_emulated
+#pragma GCC pop_options
+
+namespace vggfast::cpu {
+namespace {
+Kernels with_tiles(const char* name, decltype(Kernels::amx_filters) filters, decltype(Kernels::amx_rows) rows) {
+  Kernels table = kernels_avx512;
+  table.name = name, table.amx_filters = filters, table.amx_rows = rows;
+  return table;
+}
+} // namespace
+
+const Kernels kernels_amx = with_tiles("amx", amx::amx_filters, amx::amx_rows);
+const Kernels kernels_amx_emulated = with_tiles("amx_emulated", amx_emulated::amx_filters, amx_emulated::amx_rows);
+} // namespace vggfast::cpu

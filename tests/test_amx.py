@@ -1,0 +1,150 @@
+"""Convolutions of bfloat16 on AMX's tile registers: on the registers where this CPU has them, else on their emulation."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from reference import AMX, assert_same_bits, check_against_float64, composition, gradients, integers, normal, problem
+
+from vggfast import _C, explain, ops, switches, vgg11
+
+pytestmark = pytest.mark.skipif(AMX is None, reason="AMX's kernels and their emulation need AVX-512")
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def amx() -> None:
+    _C.set_cpu_isa(AMX)
+    _C.set_conv_algo("direct")  # so that gradients of filters are exact, too
+
+
+def equals_torch_for_integers(n: int, c_in: int, c_out: int, h: int, w: int) -> None:
+    """Sums of small integers are exact: results, pools' decisions and gradients are then torch's, bit by bit."""
+    for relu, pool in ((True, False), (False, False), (True, True), (False, True)):
+        if pool and min(h, w) < 2:
+            continue
+        x = integers(n, c_in, h, w, dtype=BF16, grad=True)
+        weight = integers(c_out, c_in, 3, 3, dtype=BF16, seed=1, grad=True)
+        bias = integers(c_out, dtype=BF16, seed=2, grad=True)
+        y = ops.conv3x3(x, weight, bias, relu=relu, pool=pool)
+        exact = [t.detach().float().requires_grad_() for t in (x, weight, bias)]
+        expected = composition(*exact, relu=relu, pool=pool)
+        assert_same_bits(y, expected.to(BF16), f"relu {relu}, pool {pool}")
+        grad = integers(*y.shape, dtype=BF16, seed=3)
+        ours, theirs = gradients(y, (x, weight, bias), grad), gradients(expected, tuple(exact), grad.float())
+        for mine, other in zip(ours, theirs, strict=True):
+            assert_same_bits(mine + 0, other.to(BF16) + 0, f"gradient, relu {relu}, pool {pool}")  # -0 + 0 = 0
+
+
+@pytest.mark.parametrize("w", [1, 2, 7, *range(13, 19), 28, 31, 32, 33, 34, 47, 48, 49])
+def test_widths_around_tiles(w: int) -> None:
+    for h in (1, 2, 5):
+        equals_torch_for_integers(1, 33, 17, h, w)
+
+
+@pytest.mark.parametrize("c_in", [1, 2, 3, 4, 5, 9, 10, 11, 12, 31, 32, 33, 63, 64, 65])
+def test_input_channels_around_tiles(c_in: int) -> None:
+    """Up to 10 channels a step is a row of three taps, above a tap of 32 channels."""
+    equals_torch_for_integers(2, c_in, 20, 5, 18)
+
+
+@pytest.mark.parametrize("c_out", [1, 3, 15, 16, 17, 31, 32, 33, 48, 49, 64])
+def test_output_channels_around_tiles(c_out: int) -> None:
+    equals_torch_for_integers(1, 40, c_out, 4, 15)
+
+
+def test_channels_far_apart_in_the_band() -> None:
+    """From 256 channels on pixels keep a distance that is no power of two."""
+    for c_in in (255, 256, 260):
+        x, weight, bias = problem(2, c_in, 40, 6, 17, BF16, grad=True)
+        check_against_float64(x, weight, bias, normal(2, 40, 6, 17, dtype=BF16), relu=True, pool=False, algo="direct")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_bands_and_ranges_of_channels_make_no_difference(threads: int) -> None:
+    x, weight, bias = problem(3, 64, 130, 37, 21, BF16)
+    torch.set_num_threads(1)
+    expected = ops.conv3x3(x, weight, bias, pool=True)
+    torch.set_num_threads(threads)
+    assert_same_bits(ops.conv3x3(x, weight, bias, pool=True), expected)
+    plans = {_C.cpu_plan("forward", n, 64, 130, h, 21, "bfloat16").partition(":")[0] for n, h in ((1, 14), (3, 37))}
+    assert len(plans) == 2
+
+
+def test_only_bfloat16_and_only_where_winograd_is_not_asked_for() -> None:
+    def plan(dtype: str, which: str = "forward") -> str:
+        return str(_C.cpu_plan(which, 1, 64, 64, 56, 56, dtype))
+
+    _C.set_conv_algo("auto")
+    assert "AMX" in plan("bfloat16")
+    assert "AMX" in plan("bfloat16", "grad_input")
+    assert "AMX" not in plan("float32") + plan("float16")
+    _C.set_conv_algo("winograd")
+    assert "winograd" in plan("bfloat16")
+    _C.set_conv_algo("direct")
+    assert "AMX" in plan("bfloat16")
+    _C.set_cpu_isa("avx512")
+    assert "AMX" not in plan("bfloat16")
+    with pytest.raises(ValueError, match="expected float32, bfloat16 or float16, got 'float64'"):
+        plan("float64")
+
+
+def test_explain_names_it() -> None:
+    model = vgg11(num_classes=10).to(BF16)
+    told = str(explain(model, torch.rand(1, 3, 64, 64, dtype=BF16)))
+    assert f"cpu {AMX} direct on AMX tiles" in told
+
+
+def test_denormals_are_zero() -> None:
+    """The instruction takes them for zero, with any setting of the processor's flags; torch's kernels use it, too."""
+    x, weight = torch.full((1, 40, 8, 8), 2.0**-130, dtype=BF16), torch.zeros(40, 40, 3, 3, dtype=BF16)
+    weight[range(40), range(40), 1, 1] = 1
+    assert float(x.max()) > 0
+    assert not ops.conv3x3(x, weight).any()
+    assert not ops.conv3x3(x * 0 + 1, weight * 2.0**-130).any()
+
+
+def test_registers_and_emulation_agree() -> None:
+    if AMX != "amx":
+        pytest.skip("this CPU has no AMX to compare its emulation with")
+    for shape in ((2, 64, 48, 9, 14), (1, 3, 64, 18, 33), (1, 300, 16, 5, 16)):
+        x, weight, bias = problem(*shape, BF16)
+        _C.set_cpu_isa("amx")
+        real = ops.conv3x3(x, weight, bias, relu=False)
+        _C.set_cpu_isa("amx_emulated")
+        emulated = ops.conv3x3(x, weight, bias, relu=False)
+        different = (real != emulated).double().mean()
+        assert different < 1e-3  # sums that fall to another side when they are rounded
+        assert float((real - emulated).float().norm() / real.float().norm()) < 1e-4
+
+
+def test_threads_and_torchs_own_use_of_the_registers() -> None:
+    """The shape of the registers belongs to a thread; each call sets it, and leaves none behind."""
+    torch.set_num_threads(1)
+    x, weight, bias = problem(1, 48, 40, 9, 11, BF16)
+    few = problem(1, 3, 40, 9, 21, BF16)
+    a, b = normal(64, 96, dtype=BF16), normal(96, 80, dtype=BF16, seed=1)
+    expected = ops.conv3x3(x, weight, bias), ops.conv3x3(*few), a @ b
+    wrong: list[int] = []
+
+    def work() -> None:
+        _C.set_cpu_isa(AMX)
+        for i in range(40):
+            got = ops.conv3x3(x, weight, bias), a @ b, ops.conv3x3(*few), a @ b
+            if not all(map(torch.equal, got, (expected[0], expected[2], expected[1], expected[2]))):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_the_emulation_is_never_chosen_by_itself() -> None:
+    switches.set_cpu_isa("auto")
+    assert switches.cpu_isa() != "amx_emulated"
+    assert switches.cpu_isas()[-1] == "amx_emulated"
