@@ -41,7 +41,8 @@ struct Output {
   uint8_t* argmax = nullptr;   // [N, H/2, W/2, ceil(C/4)] or null
   const float* bias = nullptr; // [C rounded up to 64] or null
   bool relu = false, pool = false;
-  bool stream = false; // store past the caches: fp32, data aligned to 64 bytes, c a multiple of 16
+  bool stream = false; // store past the caches: data aligned to 64 bytes; fp32 and c a multiple of 16, or by AMX's kernels
+                       // unpooled bf16 and c a multiple of 32
 };
 
 } // namespace vggfast

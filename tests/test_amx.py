@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
 import torch
-from reference import AMX, assert_same_bits, check_against_float64, composition, gradients, integers, normal, problem
+from reference import (
+    AMX,
+    assert_same_bits,
+    check_against_float64,
+    composition,
+    generator,
+    gradients,
+    integers,
+    normal,
+    problem,
+)
+from torch import Tensor
 
 from vggfast import _C, explain, ops, switches, vgg11
 
@@ -73,6 +85,57 @@ def test_bands_and_ranges_of_channels_make_no_difference(threads: int) -> None:
     assert len(plans) == 2
 
 
+@pytest.mark.parametrize("c_out", [32, 48, 64])
+def test_outputs_larger_than_the_caches(c_out: int) -> None:
+    """Whole lines of 32 channels are stored past the caches; with other numbers of channels they are not."""
+    x, weight, bias = integers(2, 16, 161, 255, dtype=BF16), integers(c_out, 16, 3, 3, dtype=BF16, seed=1), None
+    y = ops.conv3x3(x, weight, bias)
+    assert y.numel() * 2 > 4 << 20
+    assert_same_bits(y, composition(x.float(), weight.float(), bias).to(BF16))
+
+
+def filter_gradients(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    weight, bias = torch.zeros(grad.shape[1], x.shape[1], 3, 3, dtype=BF16), torch.zeros(grad.shape[1], dtype=BF16)
+    weight.requires_grad_(), bias.requires_grad_()
+    return tuple(gradients(ops.conv3x3(x, weight, bias, relu=False), (weight, bias), grad))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 33, 200, 90), (7, 40, 16, 14, 14), (1, 260, 40, 30, 129), (40, 16, 16, 1, 1)]
+)
+def test_filter_gradients_of_many_chunks(shape: tuple[int, ...]) -> None:
+    """Several parts and chunks of rows, and rows that end within a tile: integers show each product that is missing or twice."""
+    n, c_in, c_out, h, w = shape
+    x, grad = integers(n, c_in, h, w, dtype=BF16), integers(n, c_out, h, w, dtype=BF16, seed=1)
+    grad *= (torch.rand(grad.shape, generator=generator(2)) < 0.1).to(BF16)  # so that most sums are exact in bfloat16
+    dw, db = filter_gradients(x, grad)
+    exact = torch.nn.grad.conv2d_weight(x.double(), (c_out, c_in, 3, 3), grad.double(), padding=1)
+    assert_same_bits(dw + 0, exact.to(BF16) + 0)
+    assert_same_bits(db + 0, grad.double().sum((0, 2, 3)).to(BF16) + 0)
+
+
+def test_bits_of_filter_gradients_do_not_depend_on_threads() -> None:
+    x, grad = normal(2, 48, 61, 75, dtype=BF16), normal(2, 70, 61, 75, dtype=BF16, seed=1)
+    torch.set_num_threads(1)
+    expected = filter_gradients(x, grad)
+    for threads in (2, 3, 16):
+        torch.set_num_threads(threads)
+        for got, one in zip(filter_gradients(x, grad), expected, strict=True):
+            assert_same_bits(got, one, f"{threads} threads")
+
+
+def test_an_infinity_spoils_only_the_gradients_that_read_it() -> None:
+    """Between rows lie zeros, which would make NaN of an infinity that they meet: not in the result."""
+    x, grad = normal(2, 20, 6, 7, dtype=BF16), normal(2, 18, 6, 7, dtype=BF16, seed=1)
+    x[0, 3, 2, 0] = math.inf
+    dw, db = filter_gradients(x, grad)
+    assert bool(db.isfinite().all())
+    assert bool(dw[:, [c for c in range(20) if c != 3]].isfinite().all())
+    assert bool(dw[:, 3, :, :2].isinf().all())  # the taps that read the first column
+    assert bool(dw[:, 3, :, 2].isfinite().all())  # its pixel is left of all that the last tap reads
+    assert not dw.isnan().any()
+
+
 def test_only_bfloat16_and_only_where_winograd_is_not_asked_for() -> None:
     def plan(dtype: str, which: str = "forward") -> str:
         return str(_C.cpu_plan(which, 1, 64, 64, 56, 56, dtype))
@@ -80,6 +143,7 @@ def test_only_bfloat16_and_only_where_winograd_is_not_asked_for() -> None:
     _C.set_conv_algo("auto")
     assert "AMX" in plan("bfloat16")
     assert "AMX" in plan("bfloat16", "grad_input")
+    assert "AMX" in plan("bfloat16", "grad_weight")
     assert "AMX" not in plan("float32") + plan("float16")
     _C.set_conv_algo("winograd")
     assert "winograd" in plan("bfloat16")

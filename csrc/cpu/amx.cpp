@@ -8,7 +8,7 @@
 #include "cpu/dtypes.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
 namespace vggfast::cpu::amx {
 static constexpr int kVecs = 2;
 #include "cpu/tiles_amx.h"
@@ -28,13 +28,16 @@ static constexpr int kVecs = 2;
 
 namespace vggfast::cpu {
 namespace {
-Kernels with_tiles(const char* name, decltype(Kernels::amx_filters) filters, decltype(Kernels::amx_rows) rows) {
+#define VGGFAST_WITH_TILES(isa) with_tiles(#isa, isa::amx_filters, isa::amx_rows, isa::amx_grad_rows, isa::amx_grad_filters)
+Kernels with_tiles(const char* name, decltype(Kernels::amx_filters) filters, decltype(Kernels::amx_rows) rows,
+                   decltype(Kernels::amx_grad_rows) grad_rows, decltype(Kernels::amx_grad_filters) grad_filters) {
   Kernels table = kernels_avx512;
   table.name = name, table.amx_filters = filters, table.amx_rows = rows;
+  table.amx_grad_rows = grad_rows, table.amx_grad_filters = grad_filters;
   return table;
 }
 } // namespace
 
-const Kernels kernels_amx = with_tiles("amx", amx::amx_filters, amx::amx_rows);
-const Kernels kernels_amx_emulated = with_tiles("amx_emulated", amx_emulated::amx_filters, amx_emulated::amx_rows);
+const Kernels kernels_amx = VGGFAST_WITH_TILES(amx);
+const Kernels kernels_amx_emulated = VGGFAST_WITH_TILES(amx_emulated);
 } // namespace vggfast::cpu

@@ -33,5 +33,41 @@ struct AmxShape {
 
 static constexpr int kAmxBlock = 32;                // output channels, two tiles
 static constexpr int64_t kAmxTile = 16 * kAmxBlock; // elements of a tile of filters: [16 pairs of values][16 outputs][2]
+static constexpr int64_t kAmxSums = 9 * 4 * 256;    // of a gradient of 32 x 32 filters: [9 taps][2][2] tiles of fp32
+
+// The pixels of all images in one line for the gradient of the filters, which sums over them: a zero after each row, a row of zeros
+// after each image. What a tap reads beside a pixel then lies at a distance that is the same for all.
+struct AmxPixel {
+  int64_t n, h, w; // h = H and w = W are the zeros after a row and an image
+};
+struct AmxPositions {
+  int64_t n, h, w, row; // row: positions of one
+  AmxPositions(int64_t n, int64_t h, int64_t w) : n(n), h(h), w(w), row(w + 1) {}
+  int64_t rows() const { return n * (h + 1) - 1; }
+  AmxPixel at(int64_t position) const { // from -row - 1 on: what lies before the first image are an image's last zeros
+    const int64_t size = row * (h + 1), image = (position + size) / size - 1, rest = position - image * size;
+    return {image, rest / row, rest % row};
+  }
+  void next(AmxPixel& p) const {
+    if (++p.w < row) return;
+    p.w = 0;
+    if (++p.h <= h) return;
+    p.h = 0;
+    ++p.n;
+  }
+  bool inside(const AmxPixel& p) const { return p.n >= 0 && p.n < n && p.h < h && p.w < w; }
+};
+
+// Memory of one chunk of rows, in elements.
+struct AmxChunk {
+  int64_t pairs;           // of positions, a multiple of 16
+  int64_t columns, stride; // of the transposed input: what taps reach is there, too. Rows are an odd number of lines apart
+  int64_t transposed, gradients, rows;
+  AmxChunk(const AmxPositions& p, int64_t chunk, int64_t in, int64_t out)
+      : pairs(round_up(ceil_div(chunk * p.row, 2), 16)), columns(round_up(2 * pairs + 2 * p.row + 2, 32)),
+        stride(odd_lines(ceil_div(columns, 2)) * 2), transposed(round_up(in, kAmxBlock) * stride), gradients(2 * pairs * out),
+        rows(2 * p.row * out) {}
+  int64_t floats() const { return ceil_div(transposed + gradients + rows, 2); }
+};
 
 } // namespace vggfast::cpu

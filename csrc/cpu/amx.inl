@@ -1,6 +1,36 @@
 // Direct convolution of bfloat16 images on AMX's tile registers (Tiles). A band of input rows is copied, zero-padded, into
 // [rows][W + 2][pitch]; there the pixels that a tap of 16 outputs reads are a tile as they lie, `pitch` apart.
 
+// Channels [begin, end), begin a multiple of 4, of the row h of a masked or pooled image into row[w * pitch + c - begin]. Gradients
+// are moved as bits, 16 at a time, where the ReLU was open and, for the two columns of a pool's window, where its maximum was.
+static void amx_load_gradients(const Image& x, int64_t n, int64_t h, int64_t begin, int64_t end, int64_t pitch, BFloat16* row) {
+  const bool pooled = x.kind == ImageKind::pooled;
+  const int64_t read_h = pooled ? h / 2 : h, read_w = pooled ? x.w / 2 : x.w, bytes = (x.c + 3) / 4;
+  if (pooled && (read_h >= x.h / 2 || x.w % 2 == 1)) memset(row, 0, x.w * pitch * sizeof(BFloat16));
+  if (pooled && read_h >= x.h / 2) return;
+  const BFloat16* g = (const BFloat16*)x.data + n * x.stride_n + read_h * x.stride_h;
+  const BFloat16* y = x.y ? (const BFloat16*)x.y + n * x.y_stride_n + read_h * x.y_stride_h : nullptr;
+  const uint8_t* argmax = pooled ? x.argmax + (n * (x.h / 2) + read_h) * read_w * bytes : nullptr;
+  const uint32_t other_row = h % 2 == 0 ? 0xffff : 0;
+  for (int64_t w = 0; w < read_w; ++w, g += x.stride_w, y += y ? x.y_stride_w : 0)
+    for (int64_t c = begin; c < end; c += Vec::width) {
+      const int lanes = lanes_from(c, end);
+      const Mask there = Mask((1u << lanes) - 1);
+      Mask open = there;
+      if (y) open &= not_below_or_zero(load_lanes(y + c, lanes));
+      if (!pooled) {
+        _mm256_mask_storeu_epi16(row + w * pitch + c - begin, there, _mm256_maskz_loadu_epi16(open, g + c));
+        continue;
+      }
+      const uint32_t packed = load_argmax(argmax + w * bytes + c / 4, lanes); // 2 bits a lane: row, column
+      open &= Mask(_pext_u32(packed, 0xaaaaaaaa) ^ other_row);
+      const Mask right = Mask(_pext_u32(packed, 0x55555555));
+      BFloat16* to = row + 2 * w * pitch + c - begin;
+      _mm256_mask_storeu_epi16(to, there, _mm256_maskz_loadu_epi16(Mask(open & ~right), g + c));
+      _mm256_mask_storeu_epi16(to + pitch, there, _mm256_maskz_loadu_epi16(Mask(open & right), g + c));
+    }
+}
+
 // One image row into row[(w + 1) * pitch + c], zero outside the image and past the last channel.
 static void amx_load_row(const Image& x, int64_t n, int64_t h, const AmxShape& shape, BFloat16* row) {
   const int64_t pitch = shape.pitch;
@@ -10,19 +40,13 @@ static void amx_load_row(const Image& x, int64_t n, int64_t h, const AmxShape& s
   memset(row, 0, pitch * sizeof(BFloat16));
   memset(row + (x.w + 1) * pitch, 0, pitch * sizeof(BFloat16));
   row += pitch;
-  if (x.kind == ImageKind::pooled) return load_pooled_row<BFloat16>(x, n, h, pitch, row);
+  if (x.kind != ImageKind::plain) return amx_load_gradients(x, n, h, 0, x.c, pitch, row);
   const BFloat16* p = (const BFloat16*)x.data + n * x.stride_n + h * x.stride_h;
-  if (x.kind == ImageKind::plain && (x.stride_c != 1 || x.c < Vec::width)) {
+  if (x.stride_c != 1 || x.c < Vec::width) {
     for (int64_t c = 0; c < x.c; ++c)
       for (int64_t w = 0; w < x.w; ++w) row[w * pitch + c] = p[c * x.stride_c + w * x.stride_w];
-  } else if (x.kind == ImageKind::plain) {
-    for (int64_t w = 0; w < x.w; ++w) memcpy(row + w * pitch, p + w * x.stride_w, x.c * sizeof(BFloat16));
   } else {
-    for (int64_t w = 0; w < x.w; ++w)
-      for (int64_t c = 0; c < x.c; c += Vec::width) {
-        const int lanes = lanes_from(c, x.c);
-        store_lanes(load_masked<BFloat16>(x, n, h, w, c, lanes), row + w * pitch + c, lanes);
-      }
+    for (int64_t w = 0; w < x.w; ++w) memcpy(row + w * pitch, p + w * x.stride_w, x.c * sizeof(BFloat16));
   }
 }
 
@@ -76,23 +100,38 @@ static inline void amx_multiply(const BFloat16* pixels, int64_t row_size, const 
   if (tiles == 2) Tiles::store<1>(sums + 16, sum_bytes), Tiles::store<3>(sums + 16 * kAmxBlock + 16, sum_bytes);
 }
 
-// Results of the pixels [w, w + count) in rows h and, where the image has it, h + 1.
-static inline void amx_store(const Output& out, int64_t n, int64_t h, int64_t w, int64_t count, int64_t k0, const float* sums) {
+// Pooled results of the pixels [w, w + count) in rows h and h + 1.
+static inline void amx_store_pooled(const Output& out, int64_t n, int64_t h, int64_t w, int64_t count, int64_t k0,
+                                    const float* sums) {
   constexpr int64_t below = 16 * kAmxBlock;
+  const int64_t pooled_w = out.w / 2, first = (n * (out.h / 2) + h / 2) * pooled_w;
   for (int64_t k = k0; k < out.c && k < k0 + kAmxBlock; k += Vec::width, sums += Vec::width) {
     const int lanes = lanes_from(k, out.c);
     const Epilogue epilogue(out, k);
     const auto result = [&](int64_t i) { return epilogue(Vec::load(sums + i)); };
-    if (out.pool) {
-      const int64_t pooled_w = out.w / 2, first = (n * (out.h / 2) + h / 2) * pooled_w;
-      for (int64_t i = 0; i < count && w + i + 1 < out.w && h + 1 < out.h; i += 2)
-        store_pooled<BFloat16>(out, first + (w + i) / 2, k, lanes, result(i * kAmxBlock), result((i + 1) * kAmxBlock),
-                               result(below + i * kAmxBlock), result(below + (i + 1) * kAmxBlock));
-      continue;
-    }
-    for (int64_t row = 0; row < 2 && h + row < out.h; ++row) {
-      BFloat16* p = (BFloat16*)out.data + ((n * out.h + h + row) * out.w + w) * out.c + k;
-      for (int64_t i = 0; i < count && w + i < out.w; ++i) store_lanes(result(row * below + i * kAmxBlock), p + i * out.c, lanes);
+    for (int64_t i = 0; i < count && w + i + 1 < out.w && h + 1 < out.h; i += 2)
+      store_pooled<BFloat16>(out, first + (w + i) / 2, k, lanes, result(i * kAmxBlock), result((i + 1) * kAmxBlock),
+                             result(below + i * kAmxBlock), result(below + (i + 1) * kAmxBlock));
+  }
+}
+
+// Results of the pixels [w, w + count) in rows h and, where the image has it, h + 1.
+static inline void amx_store(const Output& out, int64_t n, int64_t h, int64_t w, int64_t count, int64_t k0, const float* sums) {
+  if (out.pool) return amx_store_pooled(out, n, h, w, count, k0, sums);
+  const int lanes = out.c - k0 < Vec::width ? int(out.c - k0) : Vec::width;
+  const int more = out.c - k0 - Vec::width <= 0 ? 0 : lanes_from(k0 + Vec::width, out.c);
+  const Epilogue first(out, k0), second(out, more > 0 ? k0 + Vec::width : k0);
+  for (int64_t row = 0; row < 2 && h + row < out.h; ++row) {
+    BFloat16* p = (BFloat16*)out.data + ((n * out.h + h + row) * out.w + w) * out.c + k0;
+    const float* sum = sums + row * 16 * kAmxBlock;
+    for (int64_t i = 0; i < count && w + i < out.w; ++i, p += out.c, sum += kAmxBlock) {
+      const Vec a = first(Vec::load(sum)), b = second(Vec::load(sum + Vec::width));
+      if (out.stream) {
+        Vec::stream_pair(a, b, p);
+        continue;
+      }
+      store_lanes(a, p, lanes);
+      if (more > 0) store_lanes(b, p + Vec::width, more);
     }
   }
 }
@@ -119,4 +158,5 @@ static void amx_rows(const Image& x, const BFloat16* packed, const Output& out, 
       }
   }
   Tiles::release();
+  if (out.stream) fence_streams();
 }

@@ -5,3 +5,4 @@ static constexpr int kBlock = kVecs * Vec::width;
 #include "cpu/epilogue.inl"
 #include "cpu/filters.inl"
 #include "cpu/amx.inl"
+#include "cpu/amx_grad.inl"

@@ -95,16 +95,17 @@ Tensor empty_argmax(const Tensor& like, bool wanted, int64_t n, int64_t c, int64
 
 // A result larger than the caches would be read into them, line by line, only to be overwritten. A pooled one is smaller, and
 // worth keeping for the next layer up to a few MB.
-bool passes_caches(const Output& out) {
+bool passes_caches(const Output& out, const Plan& plan) {
   const int64_t pixels = out.pool ? out.n * (out.h / 2) * (out.w / 2) : out.n * out.h * out.w;
-  return out.dtype == DType::f32 && out.c % 16 == 0 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 &&
-         pixels * out.c * 4 >= int64_t(out.pool ? 8 : 4) << 20;
+  const bool lines = plan.algorithm == Algorithm::amx ? !out.pool && out.c % 32 == 0 : out.dtype == DType::f32 && out.c % 16 == 0;
+  return lines && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 &&
+         pixels * out.c * (out.dtype == DType::f32 ? 4 : 2) >= int64_t(out.pool ? 8 : 4) << 20;
 }
 
 void run_forward(const Image& x, const Filters& w, Output out) {
-  out.stream = passes_caches(out);
   const Kernels& k = kernels();
   const Plan plan = choose_plan(x.dtype, x.n, x.c, w.out, x.h, x.w, this_machine(k), algo());
+  out.stream = passes_caches(out, plan);
   const Workspace workspace(forward_workspace(k, plan, x, w, out));
   forward(k, plan, x, w, out, workspace.data(), parallel_jobs);
 }
@@ -149,7 +150,7 @@ std::tuple<Tensor, Tensor> conv3x3_grad_weight(const Tensor& x_any, const Tensor
   if (x_any.size(0) == 0) return {torch::stable::zero_(gw), torch::stable::zero_(gb)};
 
   const Kernels& k = kernels();
-  const Plan plan = choose_grad_weight_plan(x_any.size(0), in, out, h, w, this_machine(k), algo());
+  const Plan plan = choose_grad_weight_plan(dtype_of(x_any), x_any.size(0), in, out, h, w, this_machine(k), algo());
   const Tensor x = in <= 4 && plan.algorithm == Algorithm::direct ? x_any : with_adjacent_channels(x_any);
   const Tensor grad = with_adjacent_channels(grad_any);
   const MaybeTensor y = y_any ? MaybeTensor(with_adjacent_channels(*y_any)) : std::nullopt;
@@ -216,7 +217,7 @@ std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_
                          : throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
   if (pass == "forward") return to_string(choose_plan(type, n, in, out, h, w, m, algo()));
   if (pass == "grad_input") return to_string(choose_plan(type, n, out, in, h, w, m, algo()));
-  if (pass == "grad_weight") return to_string(choose_grad_weight_plan(n, in, out, h, w, m, algo()));
+  if (pass == "grad_weight") return to_string(choose_grad_weight_plan(type, n, in, out, h, w, m, algo()));
   throw std::invalid_argument("pass: expected forward, grad_input or grad_weight, got '" + pass + "'");
 }
 

@@ -1,6 +1,21 @@
 // Direct convolution. A band of input rows is copied, zero-padded and widened to fp32, into [rows][W + 2][C]; then the products
 // over (tap column, channel) are contiguous in it, and a row of outputs is three GEMMs of depth 3C, one per tap row.
 
+template <class T>
+static void load_pooled_row(const Image& x, int64_t n, int64_t h, float* row) {
+  const int64_t pooled_h = x.h / 2, pooled_w = x.w / 2, bytes = (x.c + 3) / 4;
+  memset(row, 0, x.w * x.c * sizeof(float));
+  if (h / 2 >= pooled_h) return;
+  for (int64_t pw = 0; pw < pooled_w; ++pw)
+    for (int64_t c = 0; c < x.c; c += Vec::width) {
+      const int lanes = lanes_from(c, x.c);
+      const Vec g = load_masked<T>(x, n, h / 2, pw, c, lanes);
+      const uint32_t argmax = load_argmax(x.argmax + ((n * pooled_h + h / 2) * pooled_w + pw) * bytes + c / 4, lanes);
+      for (int j = 0; j < 2; ++j)
+        store_lanes(select(argmax_is(argmax, int(h % 2) * 2 + j), g, Vec::zero()), row + (2 * pw + j) * x.c + c, lanes);
+    }
+}
+
 // One image row into row[(w + 1) * C + c], zero for rows outside the image; the two border pixels are zero.
 template <class T>
 static void load_row(const Image& x, int64_t n, int64_t h, float* row) {
@@ -11,7 +26,7 @@ static void load_row(const Image& x, int64_t n, int64_t h, float* row) {
   memset(row, 0, x.c * sizeof(float));
   memset(row + (x.w + 1) * x.c, 0, x.c * sizeof(float));
   row += x.c;
-  if (x.kind == ImageKind::pooled) return load_pooled_row<T>(x, n, h, x.c, row);
+  if (x.kind == ImageKind::pooled) return load_pooled_row<T>(x, n, h, row);
   const T* p = (const T*)x.data + n * x.stride_n + h * x.stride_h;
   if (x.kind == ImageKind::plain && (x.stride_c != 1 || x.c < Vec::width) && !(x.stride_c == 1 && x.stride_w == x.c)) {
     for (int64_t c = 0; c < x.c; ++c)

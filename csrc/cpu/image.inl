@@ -3,7 +3,10 @@
 
 static inline uint32_t load_argmax(const uint8_t* p, int lanes) { // 2 bits a lane
   uint32_t packed = 0;
-  memcpy(&packed, p, (lanes + 3) / 4);
+  if (lanes == Vec::width)
+    memcpy(&packed, p, Vec::width / 4); // of known size, or it is a call and a load that waits for stores
+  else
+    memcpy(&packed, p, (lanes + 3) / 4);
   return packed;
 }
 
@@ -99,20 +102,4 @@ template <class T, int size>
 static inline void load_any_patch(const Image& image, int64_t n, int64_t h0, int64_t w0, int64_t c, int lanes, Patch<size>& patch) {
   if (image.kind == ImageKind::pooled) return load_pooled_patch<T>(image, n, h0, w0, c, lanes, patch);
   load_patch<T>(image, n, h0, w0, c, lanes, patch);
-}
-
-// The row h of a pooled image into row[w * pitch + c], as T or as floats.
-template <class T, class Row>
-static void load_pooled_row(const Image& x, int64_t n, int64_t h, int64_t pitch, Row* row) {
-  const int64_t pooled_h = x.h / 2, pooled_w = x.w / 2, bytes = (x.c + 3) / 4;
-  memset(row, 0, x.w * pitch * sizeof(Row));
-  if (h / 2 >= pooled_h) return;
-  for (int64_t pw = 0; pw < pooled_w; ++pw)
-    for (int64_t c = 0; c < x.c; c += Vec::width) {
-      const int lanes = lanes_from(c, x.c);
-      const Vec g = load_masked<T>(x, n, h / 2, pw, c, lanes);
-      const uint32_t argmax = load_argmax(x.argmax + ((n * pooled_h + h / 2) * pooled_w + pw) * bytes + c / 4, lanes);
-      for (int j = 0; j < 2; ++j)
-        store_lanes(select(argmax_is(argmax, int(h % 2) * 2 + j), g, Vec::zero()), row + (2 * pw + j) * pitch + c, lanes);
-    }
 }

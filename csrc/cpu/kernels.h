@@ -93,6 +93,9 @@ struct Kernels {
   void (*amx_filters)(const Filters&, int64_t block, BFloat16* packed) = nullptr;
   void (*amx_rows)(const Image&, const BFloat16* packed, const Output&, int64_t n, int64_t h_begin, int64_t h_end, int64_t begin,
                    int64_t end, float* scratch) = nullptr;
+  void (*amx_grad_rows)(const Image& x, const Image& dz, int64_t row_begin, int64_t row_end, int64_t chunk, int64_t begin,
+                        int64_t end, float* sums, double* bias, float* scratch) = nullptr;
+  bool (*amx_grad_filters)(const float* sums, int64_t block, const Filters& dw) = nullptr;
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_amx, kernels_amx_emulated;

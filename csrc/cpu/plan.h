@@ -38,6 +38,8 @@ struct Plan {
 
 inline std::string to_string(const Plan& p) {
   if (p.algorithm == Algorithm::direct) return "direct, bands of " + std::to_string(p.band) + " rows: " + p.reason;
+  if (p.algorithm == Algorithm::amx && p.schedule == Schedule::outputs_split)
+    return "direct on AMX tiles, chunks of " + std::to_string(p.tiles) + " rows: " + p.reason;
   if (p.algorithm == Algorithm::amx)
     return "direct on AMX tiles, bands of " + std::to_string(p.band) + " rows" +
            (p.splits > 1 ? ", output channels in " + std::to_string(p.splits) + " ranges: " : ": ") + p.reason;
@@ -106,10 +108,27 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
   return {Algorithm::winograd, Schedule::tile_fused, m.rows, in, groups, 0, "V and M of a group of tiles stay in L2"};
 }
 
+// A thread takes one of `groups` parts of the rows and one of `splits` ranges of output channels. What a chunk of `tiles` rows
+// needs stays in L2; neither parts nor chunks depend on the threads, and so bits do not.
+inline Plan plan_amx_grad_weight(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m) {
+  const int64_t blocks = ceil_div(out, kAmxBlock), channels = round_up(in, 32) + std::min<int64_t>(round_up(out, 32), 256);
+  const int64_t sums_bytes = blocks * ceil_div(in, kAmxBlock) * kAmxSums * 4, rows = AmxPositions(n, h, w).rows();
+  // Each chunk reads and writes the sums once: many of them are worth larger chunks.
+  const int64_t bytes = std::max<int64_t>(5 << 18, sums_bytes / 3);
+  int64_t chunk = std::clamp<int64_t>(bytes / (2 * channels * (w + 1)) / 2 * 2, 2, round_up(rows, 2));
+  const int64_t parts = std::clamp<int64_t>(std::min((16 << 20) / sums_bytes, rows / chunk), 1, 8);
+  const int64_t of_part = ceil_div(rows, parts);
+  chunk = round_up(ceil_div(of_part, ceil_div(of_part, chunk)), 2); // equal ones
+  const int64_t splits = std::min(blocks, ceil_div(m.threads, parts));
+  return {Algorithm::amx, Schedule::outputs_split, chunk, in, parts, 0, "a product over pixels, of which a tap is a shift", splits};
+}
+
 // grad_weight. Threads share nothing while there are parts and ranges for all of them: a host may place them on cores between which
 // data moves slowly. A range of output channels costs each of its threads V of the same tiles again, which is little beside the
 // products.
-inline Plan choose_grad_weight_plan(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m, Algorithm wanted) {
+inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m,
+                                    Algorithm wanted) {
+  if (m.amx && dtype == DType::bf16 && wanted != Algorithm::winograd && in >= 16) return plan_amx_grad_weight(n, in, out, h, w, m);
   const char* direct = wanted == Algorithm::direct     ? "asked for"
                        : wanted == Algorithm::winograd ? nullptr
                                                        : why_direct(n, in, out, h, w);

@@ -374,6 +374,7 @@ void forward(const Kernels& k, const Plan& plan, const Image& x, const Filters& 
 
 int64_t grad_weight_workspace(const Kernels& k, const Plan& plan, const Image& x, const Image& dz) {
   const int64_t direct = grad_weight_direct_workspace(k, x, dz);
+  if (plan.algorithm == Algorithm::amx) return std::max(direct, grad_weight_amx_workspace(plan, x, dz));
   if (plan.algorithm == Algorithm::direct) return direct;
   const GradWeight g(k, plan, x, dz, nullptr);
   int64_t winograd = g.workspace();
@@ -384,6 +385,7 @@ int64_t grad_weight_workspace(const Kernels& k, const Plan& plan, const Image& x
 
 void grad_weight(const Kernels& k, const Plan& plan, const Image& x, const Image& dz, const Filters& dw, float* bias,
                  float* workspace, const Parallel& parallel) {
+  if (plan.algorithm == Algorithm::amx && grad_weight_amx(k, plan, x, dz, dw, bias, workspace, parallel)) return;
   if (plan.algorithm == Algorithm::winograd && grad_weight_winograd(k, plan, x, dz, dw, bias, workspace, parallel)) return;
   grad_weight_direct(k, x, dz, dw, bias, workspace, parallel);
 }

@@ -18,6 +18,10 @@ void forward(const Kernels&, const Plan&, const Image& x, const Filters& w, cons
 int64_t amx_workspace(const Image& x, const Filters& w);
 void forward_amx(const Kernels&, const Plan&, const Image& x, const Filters& w, const Output&, float* workspace, const Parallel&);
 
+int64_t grad_weight_amx_workspace(const Plan&, const Image& x, const Image& dz);
+bool grad_weight_amx(const Kernels&, const Plan&, const Image& x, const Image& dz, const Filters& dw, float* bias, float* workspace,
+                     const Parallel&); // false: Inf or NaN, as with Winograd
+
 // dw = gradient of the filters, bias[K] = sum of dz. Sums run in an order that depends on the problem alone: equal bits every run.
 int64_t grad_weight_workspace(const Kernels&, const Plan&, const Image& x, const Image& dz);
 void grad_weight(const Kernels&, const Plan&, const Image& x, const Image& dz, const Filters& dw, float* bias, float* workspace,

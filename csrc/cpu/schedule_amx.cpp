@@ -1,4 +1,6 @@
 // The schedule of convolutions on AMX's tile registers.
+#include <atomic>
+
 #include "cpu/amx.h"
 #include "cpu/dtypes.h"
 #include "cpu/schedule.h"
@@ -33,6 +35,50 @@ void forward_amx(const Kernels& k, const Plan& plan, const Image& x, const Filte
     k.amx_rows(x, packed, out, band / bands, begin, std::min(begin + plan.band, x.h), blocks * split / plan.splits,
                blocks * (split + 1) / plan.splits, scratch(job_scratch(x, plan.band)));
   });
+}
+
+namespace {
+struct AmxGradient {
+  int64_t parts, padded, sums, bias; // sizes of a part in floats; bias in doubles
+  AmxGradient(const Plan& plan, const Image& x, const Image& dz)
+      : parts(plan.groups), padded(round_up(dz.c, kAmxBlock)), sums(padded / kAmxBlock * ceil_div(x.c, kAmxBlock) * kAmxSums),
+        bias(padded) {}
+};
+} // namespace
+
+int64_t grad_weight_amx_workspace(const Plan& plan, const Image& x, const Image& dz) {
+  const AmxGradient g(plan, x, dz);
+  return g.parts * (g.sums + 2 * g.bias);
+}
+
+bool grad_weight_amx(const Kernels& k, const Plan& plan, const Image& x, const Image& dz, const Filters& dw, float* bias,
+                     float* workspace, const Parallel& parallel) {
+  const AmxGradient g(plan, x, dz);
+  const AmxPositions positions(x.n, x.h, x.w);
+  const int64_t blocks = g.padded / kAmxBlock, pairs_of_rows = ceil_div(positions.rows(), 2);
+  float* sums = workspace;
+  double* bias_sums = reinterpret_cast<double*>(sums + g.parts * g.sums);
+  std::fill(bias_sums, bias_sums + g.parts * g.bias, 0.);
+  parallel(g.parts * plan.splits, [&](int64_t job) {
+    const int64_t part = job / plan.splits, split = job % plan.splits;
+    const int64_t begin = blocks * split / plan.splits, end = blocks * (split + 1) / plan.splits;
+    const AmxChunk chunk(positions, plan.tiles, x.c, (end - begin) * kAmxBlock);
+    k.amx_grad_rows(x, dz, pairs_of_rows * part / g.parts * 2, pairs_of_rows * (part + 1) / g.parts * 2, plan.tiles, begin, end,
+                    sums + part * g.sums, bias_sums + part * g.bias, scratch(chunk.floats()));
+  });
+  std::atomic<bool> finite{true};
+  parallel(blocks, [&](int64_t b) {
+    const int64_t size = g.sums / blocks;
+    for (int64_t part = 1; part < g.parts; ++part)
+      for (int64_t i = b * size; i < (b + 1) * size; ++i) sums[i] += sums[part * g.sums + i];
+    if (!k.amx_grad_filters(sums, b, dw)) finite.store(false, std::memory_order_relaxed);
+  });
+  for (int64_t c = 0; c < dz.c; ++c) {
+    double sum = 0;
+    for (int64_t part = 0; part < g.parts; ++part) sum += bias_sums[part * g.bias + c];
+    bias[c] = float(sum);
+  }
+  return finite;
 }
 
 } // namespace vggfast::cpu

@@ -27,6 +27,10 @@ struct Vec {
   }
   // Past the caches; p is aligned to a vector. Call fence_streams() before another thread may read.
   void stream(float* p) const { _mm512_stream_ps(p, reg); }
+  // Two vectors of bf16 that fill a line, past the caches.
+  static void stream_pair(Vec first, Vec second, BFloat16* p) {
+    _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(_mm512_castsi256_si512(first.narrow(p)), second.narrow(p), 1));
+  }
   void store_first(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), reg); }
   template <class T>
   void store_first(T* p, int n) const {

@@ -184,7 +184,7 @@ public:
 
 private:
   // Where results may be stored past the caches, they are.
-  bool streams(int64_t c) const { return dtype_ == DType::f32 && c % 16 == 0; }
+  bool streams(int64_t c) const { return dtype_ == DType::f32 && c % 16 == 0; } // amx: in tests/test_amx.py
   size_t alignment(int64_t c) const { return streams(c) ? 64 : 1; }
   Output output(void* data, int64_t c) const {
     Output out;
@@ -209,7 +209,7 @@ private:
     const auto winograd = [&](Schedule schedule, int64_t splits) {
       return Plan{Algorithm::winograd, schedule, 16, p_.in, std::min<int64_t>(groups, 2), 0, "driver", std::min(splits, blocks)};
     };
-    for (const Plan& plan : {choose_grad_weight_plan(p_.n, p_.in, p_.out, p_.h, p_.w, machine_, Algorithm::direct),
+    for (const Plan& plan : {choose_grad_weight_plan(dtype_, p_.n, p_.in, p_.out, p_.h, p_.w, machine_, Algorithm::direct),
                              winograd(Schedule::points_split, 1), winograd(Schedule::outputs_split, 3)}) {
       if (plan.algorithm == Algorithm::winograd && p_.channels_first) continue;
       Buffer dw(w_.bytes()), bias(p_.out * sizeof(float));
