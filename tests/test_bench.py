@@ -71,6 +71,10 @@ def test_the_table_of_layers():
     assert sum(layer.gflop(1) for layer in VGG16_LAYERS) == pytest.approx(30.693, abs=1e-3)  # 15.35 GMAC
     assert VGG16_LAYERS[1].winograd_gflop(8) == pytest.approx(VGG16_LAYERS[1].gflop(8) / 4)
     assert VGG16_LAYERS[12].winograd_gflop(1) == pytest.approx(VGG16_LAYERS[12].gflop(1) / 4 * (16 / 14) ** 2)
+    assert VGG16_LAYERS[12].winograd_gflop(1, edges=True) == pytest.approx(
+        VGG16_LAYERS[12].gflop(1) / (9 * 14**2) * (9 * 36 + 6 * 24 + 16)
+    )
+    assert VGG16_LAYERS[1].winograd_gflop(8, edges=True) == VGG16_LAYERS[1].winograd_gflop(8)
 
 
 def test_operations_of_a_training_step_leave_out_the_images_gradient():

@@ -1,7 +1,9 @@
 """Sizes at which the CPU kernels change their way: channels around their vectors and blocks, images large enough to be stored
-past the caches, tiles enough for every part of a filter gradient's sum."""
+past the caches, tiles enough for every part of a filter gradient's sum, images that end within a tile."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -59,6 +61,84 @@ def test_pooled_outputs_larger_than_the_caches(isa: str, algo: str, c_out: int) 
     exact = torch.nn.functional.max_pool2d(torch.relu(exact), 2)
     assert float((y.double() - exact).norm() / exact.norm()) < 1e-6
     assert torch.equal(ops.conv3x3(x, weight.requires_grad_(), bias, pool=True).detach(), y)
+
+
+# Schedule, channels, and threads with which it is taken for a few small images.
+SCHEDULES = {"tile-fused": (20, 40, 2), "output channels split": (64, 72, 1), "points split": (1024, 17, 16)}
+# Images, height, width: each remainder of four in either dimension. F(2) takes those of 1 and 2.
+EDGES = [
+    (3, 14, 14),
+    (1, 13, 14),
+    (2, 6, 9),
+    (1, 14, 57),
+    (2, 12, 13),
+    (2, 9, 8),
+    (1, 15, 6),
+    (1, 5, 11),
+    (3, 2, 3),
+]
+
+
+def use_schedule(schedule: str, n: int, h: int, w: int) -> tuple[int, int]:
+    c_in, c_out, threads = SCHEDULES[schedule]
+    _C.set_conv_algo("winograd")
+    torch.set_num_threads(threads)
+    assert schedule in _C.cpu_plan("forward", n, c_in, c_out, h, w)
+    return c_in, c_out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", EDGES, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_images_that_end_within_a_tile(isa: str, schedule: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    c_in, c_out = use_schedule(schedule, *size)
+    n, h, w = size
+    torch.use_deterministic_algorithms(True)  # what torch.empty gives is NaN
+    spoiled = torch.full((n, c_in, h + 8, w + 8), math.nan, dtype=dtype)
+    for pool in (False, True):
+        x, weight, bias = problem(n, c_in, c_out, h, w, dtype, grad=True)
+        ops.conv3x3(spoiled, weight.detach())  # and so is the memory that threads keep
+        grad = normal(n, c_out, *((h // 2, w // 2) if pool else (h, w)), dtype=dtype)
+        check_against_float64(x, weight, bias, grad, relu=True, pool=pool, algo="winograd")
+
+
+def test_images_that_end_within_a_tile_in_several_chunks(isa: str) -> None:
+    """144 tiles in two chunks: the last column's, whole ones and the last row's meet the cut at other places."""
+    c_in, c_out = use_schedule("points split", 9, 14, 14)
+    assert "tiles 72" in _C.cpu_plan("forward", 9, c_in, c_out, 14, 14)
+    x, weight, bias = problem(9, c_in, c_out, 14, 14)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    y = ops.conv3x3(x, weight, bias, relu=False)
+    errors = (y.double() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert errors.max() < 5e-6
+
+
+def test_every_schedule_gives_an_edge_the_same_bits(isa: str) -> None:
+    """Threads choose the schedule, and may not choose the result."""
+    _C.set_conv_algo("winograd")
+    x, weight, bias = problem(2, 64, 64, 14, 13)
+    results, plans = [], set()
+    for threads in (1, 16):
+        torch.set_num_threads(threads)
+        plans.add(_C.cpu_plan("forward", 2, 64, 64, 14, 13))
+        results.append(ops.conv3x3(x, weight, bias))
+    assert len(plans) == 2
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("h", "w", "edges"),
+    [(14, 14, "row and column"), (13, 22, "row and column"), (14, 15, "row"), (16, 9, "column"), (15, 16, "")],
+)
+def test_the_plan_names_the_edges_that_f2_computes(schedule: str, h: int, w: int, edges: str) -> None:
+    c_in, c_out = use_schedule(schedule, 1, h, w)
+    named = f"winograd F(4x4,3x3), F(2) in the last {edges}, " if edges else "winograd F(4x4,3x3), "
+    for step in ("forward", "grad_input"):
+        plan = _C.cpu_plan(step, 1, c_in, c_out, h, w)
+        assert plan.startswith(named)
+        assert ("F(2)" in plan) == bool(edges)
+    assert "F(2)" not in _C.cpu_plan("grad_weight", 1, c_in, c_out, h, w)
 
 
 @pytest.mark.parametrize(("n", "h", "w"), [(1, 92, 93), (3, 52, 55), (7, 36, 40)])

@@ -156,6 +156,13 @@ def test_reasons() -> None:
     assert rows(explanation)["strided"] == ("Conv3x3 4->4 stride 2 groups 2", False)
 
 
+def test_the_kernel_says_what_computes_the_edges() -> None:
+    network = FusedSequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    kernels = [explain(network, normal(1, 64, size, size)).rows[0].kernel for size in (14, 16)]
+    assert "F(2) in the last row and column" in kernels[0]
+    assert "F(2)" not in kernels[1]
+
+
 def test_other_settings_of_the_call() -> None:
     fused = FusedSequential(*block()[:1], nn.ReLU())
     x = normal(1, 3, 8, 8)

@@ -6,6 +6,7 @@ static constexpr int kBlock = kVecs * Vec::width;
 #include "cpu/image.inl"
 #include "cpu/epilogue.inl"
 #include "cpu/filters.inl"
+#include "cpu/winograd_1d.inl"
 #include "cpu/winograd.inl"
 #include "cpu/direct.inl"
 #include "cpu/pool.inl"

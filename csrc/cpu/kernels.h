@@ -1,6 +1,7 @@
 // What an ISA offers: functions that compute a range, on one thread, into memory the caller owns. Plain data in, plain data out.
 #pragma once
 #include "conv3x3.h"
+#include "cpu/tiles.h"
 #include "linear.h"
 
 namespace vggfast::cpu {
@@ -11,27 +12,6 @@ static inline int64_t round_up(int64_t value, int64_t multiple) {
 static inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
-
-// The 4x4 output tiles of an image, numbered in [N, rows, cols] order.
-struct Tile {
-  int64_t n, row, col;
-};
-struct TileGrid {
-  int64_t images, rows, cols;
-  int64_t count() const { return images * rows * cols; }
-  Tile at(int64_t t) const { return {t / (rows * cols), t / cols % rows, t % cols}; }
-  void next(Tile& tile) const { // the one after it, without a division
-    if (++tile.col < cols) return;
-    tile.col = 0;
-    if (++tile.row < rows) return;
-    tile.row = 0;
-    ++tile.n;
-  }
-};
-struct TileRange {
-  TileGrid grid;
-  int64_t begin, end;
-};
 
 // Memory that will be read soon; products ask for it as they go, so that it has come from DRAM by then.
 struct Soon {
@@ -69,8 +49,8 @@ struct Kernels {
   void (*winograd_input)(const Image&, const TileRange&, const Points& v);
   void (*winograd_grad_output)(const Image&, const TileRange&, int64_t c_begin, int64_t c_end, const Points& z, float* bias_sum);
   void (*winograd_filters)(const Filters&, int64_t block, float* u);
-  void (*winograd_multiply)(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int first, int last,
-                            bool add, const Soon&);
+  void (*winograd_multiply)(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int point, bool add,
+                            const Soon&);
   bool (*winograd_output)(const Points& m, const TileRange&, int64_t block, const Output&);
   void (*winograd_accumulate)(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
                               float* s);

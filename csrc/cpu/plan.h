@@ -34,7 +34,13 @@ struct Plan {
   int64_t band;
   const char* reason;
   int64_t splits = 1; // outputs-split, AMX: ranges of output channels
+  Edges edges = {};   // forward and grad_input
 };
+
+inline std::string to_string(const Edges& e) {
+  if (!e.row && !e.column) return "";
+  return std::string(", F(2) in the last ") + (!e.column ? "row" : e.row ? "row and column" : "column");
+}
 
 inline std::string to_string(const Plan& p) {
   if (p.algorithm == Algorithm::direct) return "direct, bands of " + std::to_string(p.band) + " rows: " + p.reason;
@@ -44,11 +50,17 @@ inline std::string to_string(const Plan& p) {
     return "direct on AMX tiles, bands of " + std::to_string(p.band) + " rows" +
            (p.splits > 1 ? ", output channels in " + std::to_string(p.splits) + " ranges: " : ": ") + p.reason;
   const char* schedules[] = {"tile-fused", "V shared, output channels split", "V shared, points split", "outputs split"};
-  return std::string("winograd F(4x4,3x3), ") + schedules[int(p.schedule)] + ", tiles " + std::to_string(p.tiles) + ": " + p.reason;
+  return "winograd F(4x4,3x3)" + to_string(p.edges) + ", " + schedules[int(p.schedule)] + ", tiles " + std::to_string(p.tiles) +
+         ": " + p.reason;
 }
 
-inline TileGrid tile_grid(int64_t n, int64_t h, int64_t w) {
-  return {n, ceil_div(h, 4), ceil_div(w, 4)};
+inline TileGrid tile_grid(int64_t n, int64_t h, int64_t w, const Edges& edges = {}) {
+  return {n, ceil_div(h, 4), ceil_div(w, 4), edges};
+}
+
+// One or two pixels of a tile take four products in a dimension with F(2), six with F(4).
+inline Edges edges_of(int64_t h, int64_t w) {
+  return {h % 4 == 1 || h % 4 == 2, w % 4 == 1 || w % 4 == 2};
 }
 
 // Floats a row of V or Z takes: the extra vector keeps the 36 positions out of the same cache sets.
@@ -90,6 +102,7 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
                                                        : why_direct(n, in, out, h, w);
   if (direct) return plan_direct(in, h, w, direct);
   const int64_t tiles = tile_grid(n, h, w).count();
+  const Edges edges = edges_of(h, w);
   const int64_t v_bytes = 36 * 4 * points_row(in, m) * m.rows; // of one row block of tiles
   if (tiles <= 128 && in >= 64 && ceil_div(out, m.block) >= m.threads)
     return {Algorithm::winograd,
@@ -98,14 +111,16 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
             std::min<int64_t>(in, 256),
             m.threads,
             0,
-            "few tiles: filters are made where they are used"};
+            "few tiles: filters are made where they are used",
+            1,
+            edges};
   if (v_bytes > 768 * 1024) {
     const int64_t chunks = ceil_div(tiles, 131); // V of a point and chunk stays in L2 beside a block's U
-    return {
-        Algorithm::winograd, Schedule::points_split, ceil_div(tiles, chunks), in, 1, 0, "V of one row block of tiles exceeds L2"};
+    const char* reason = "V of one row block of tiles exceeds L2";
+    return {Algorithm::winograd, Schedule::points_split, ceil_div(tiles, chunks), in, 1, 0, reason, 1, edges};
   }
   const int64_t groups = std::clamp<int64_t>(tiles / m.rows / (8 * m.threads), 1, 8);
-  return {Algorithm::winograd, Schedule::tile_fused, m.rows, in, groups, 0, "V and M of a group of tiles stay in L2"};
+  return {Algorithm::winograd, Schedule::tile_fused, m.rows, in, groups, 0, "V and M of a group of tiles stay in L2", 1, edges};
 }
 
 // A thread takes one of `groups` parts of the rows and one of `splits` ranges of output channels. What a chunk of `tiles` rows

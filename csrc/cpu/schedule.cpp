@@ -150,11 +150,19 @@ void prefetch_input(const Image& x, const Tile& tile) {
       }
 }
 
+// M = V U of one point, or += with `add`, for those of the tiles that have it.
+void multiply(const Kernels& k, const TileRange& tiles, int point, const Points& v, int64_t in, const float* u, const Points& m,
+              bool add = false, const Soon& soon = {}) {
+  const TileRange some = tiles.with_point(point);
+  const int64_t from = some.begin - tiles.begin;
+  if (some.count() > 0) k.winograd_multiply(v.from(from), some.count(), in, u, m.from(from), point, add, soon);
+}
+
 // A thread takes groups of tiles through input transform, products and output transform.
 bool forward_tile_fused(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* u,
                         const Parallel& parallel) {
   const Sizes size(k, plan, x.c);
-  const TileGrid grid = tile_grid(x.n, x.h, x.w);
+  const TileGrid grid = tile_grid(x.n, x.h, x.w, plan.edges);
   const int64_t blocks = ceil_div(w.out, k.block), job_tiles = plan.tiles * plan.groups;
   std::atomic<bool> finite{true};
   parallel(blocks, [&](int64_t b) { k.winograd_filters(w, b, u + b * size.u); });
@@ -170,7 +178,7 @@ bool forward_tile_fused(const Kernels& k, const Plan& plan, const Image& x, cons
           for (int64_t t = i * count / 36; t < (i + 1) * count / 36; ++t) prefetch_output(k, out, grid.at(begin + t), b);
           const int64_t step = b * 36 + i;
           for (int64_t t = step * ahead / steps; t < (step + 1) * ahead / steps; ++t) prefetch_input(x, grid.at(tiles.end + t));
-          k.winograd_multiply(v, count, x.c, u + b * size.u, m, i, i + 1, false, {});
+          multiply(k, tiles, i, v, x.c, u + b * size.u, m);
         }
         if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
       }
@@ -192,7 +200,7 @@ void shared_input(const Kernels& k, const Image& x, const TileRange& tiles, cons
 bool forward_channels_split(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out,
                             float* workspace, const Parallel& parallel) {
   const Sizes size(k, plan, x.c);
-  const TileGrid grid = tile_grid(x.n, x.h, x.w);
+  const TileGrid grid = tile_grid(x.n, x.h, x.w, plan.edges);
   const TileRange tiles{grid, 0, grid.count()};
   const Points v{workspace, size.v_row, size.v_position};
   std::atomic<bool> finite{true};
@@ -207,8 +215,8 @@ bool forward_channels_split(const Kernels& k, const Plan& plan, const Image& x, 
       const bool last = end == x.c;
       const int64_t next = last ? b + plan.groups : b;
       for (int i = 0; i < 36; ++i)
-        k.winograd_multiply({v.data + c, v.row, v.position}, tiles.end, end - c, u, m, i, i + 1, c > 0,
-                            output_filters(w, next * k.block + i, last ? 0 : end, i < k.block ? plan.depth : 0));
+        multiply(k, tiles, i, {v.data + c, v.row, v.position}, end - c, u, m, c > 0,
+                 output_filters(w, next * k.block + i, last ? 0 : end, i < k.block ? plan.depth : 0));
     }
     if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
   });
@@ -219,7 +227,7 @@ bool forward_channels_split(const Kernels& k, const Plan& plan, const Image& x, 
 bool forward_points_split(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* workspace,
                           const Parallel& parallel) {
   const Sizes size(k, plan, x.c);
-  const TileGrid grid = tile_grid(x.n, x.h, x.w);
+  const TileGrid grid = tile_grid(x.n, x.h, x.w, plan.edges);
   const int64_t blocks = ceil_div(w.out, k.block), share = 16, parts = std::min<int64_t>(blocks, 4);
   const Points v{workspace, size.v_row, size.v_position};
   float *u = workspace + size.v, *all_m = u + blocks * size.u;
@@ -234,7 +242,7 @@ bool forward_points_split(const Kernels& k, const Plan& plan, const Image& x, co
       const int point = int(job / parts);
       const int64_t part = job % parts;
       for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b)
-        k.winograd_multiply(v, count, x.c, u + b * size.u, m(b), point, point + 1, false, {});
+        multiply(k, tiles, point, v, x.c, u + b * size.u, m(b));
     });
     parallel(blocks * shares, [&](int64_t job) {
       const int64_t b = job / shares, from = job % shares * share, to = std::min(from + share, count);

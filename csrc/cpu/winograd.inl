@@ -1,63 +1,6 @@
 // Winograd F(4x4, 3x3): Y = A^T [ (G g G^T) * (B^T d B) ] A over interpolation points 0, +-sqrt(1/2), +-sqrt(2), infinity.
-// These points keep the fp32 error within about twice that of one chain of additions (the usual 0, +-1, +-2 cost 4-5x).
 // One 4x4 output tile needs a 6x6 input patch; the product becomes 36 independent GEMMs over channels.
-
-static constexpr float kA = 0.70710678118654752f; // sqrt(1/2)
-static constexpr float kB = 1.41421356237309505f; // sqrt(2)
-
-// B^T d, one dimension.
-static inline void input_1d(const Vec (&d)[6], Vec (&out)[6]) {
-  const Vec five_halves = Vec::set(-2.5f);
-  out[0] = fma(five_halves, d[2], d[0] + d[4]);
-  out[5] = fma(five_halves, d[3], d[1] + d[5]);
-  const Vec even1 = fma(Vec::set(-2.f), d[2], d[4]), odd1 = Vec::set(kA) * fma(Vec::set(-2.f), d[1], d[3]);
-  const Vec even2 = fma(Vec::set(-.5f), d[2], d[4]), odd2 = Vec::set(kB) * fma(Vec::set(-.5f), d[1], d[3]);
-  out[1] = even1 + odd1;
-  out[2] = even1 - odd1;
-  out[3] = even2 + odd2;
-  out[4] = even2 - odd2;
-}
-
-// A^T m, one dimension: six products to four outputs.
-static inline void output_1d(const Vec (&m)[6], Vec (&out)[4]) {
-  const Vec s1 = m[1] + m[2], d1 = m[1] - m[2], s2 = m[3] + m[4], d2 = m[3] - m[4];
-  out[0] = m[0] + s1 + s2;
-  out[1] = fma(Vec::set(kA), d1, Vec::set(kB) * d2);
-  out[2] = fma(Vec::set(.5f), s1, Vec::set(2.f) * s2);
-  out[3] = fma(Vec::set(kA / 2), d1, fma(Vec::set(2 * kB), d2, m[5]));
-}
-
-// A g, one dimension: four output gradients to six points (the transpose of output_1d).
-static inline void grad_output_1d(const Vec (&g)[4], Vec (&out)[6]) {
-  out[0] = g[0];
-  const Vec even1 = fma(Vec::set(.5f), g[2], g[0]), odd1 = Vec::set(kA) * fma(Vec::set(.5f), g[3], g[1]);
-  const Vec even2 = fma(Vec::set(2.f), g[2], g[0]), odd2 = Vec::set(kB) * fma(Vec::set(2.f), g[3], g[1]);
-  out[1] = even1 + odd1;
-  out[2] = even1 - odd1;
-  out[3] = even2 + odd2;
-  out[4] = even2 - odd2;
-  out[5] = g[3];
-}
-
-// G g, one dimension: three taps to six points.
-static inline void filter_1d(const Vec (&g)[3], Vec (&out)[6]) {
-  out[0] = g[0];
-  const Vec even1 = Vec::set(-2.f / 3) * fma(Vec::set(.5f), g[2], g[0]), odd1 = Vec::set(-2.f / 3 * kA) * g[1];
-  const Vec even2 = Vec::set(1.f / 6) * fma(Vec::set(2.f), g[2], g[0]), odd2 = Vec::set(kB / 6) * g[1];
-  out[1] = even1 + odd1;
-  out[2] = even1 - odd1;
-  out[3] = even2 + odd2;
-  out[4] = even2 - odd2;
-  out[5] = g[2];
-}
-
-// G^T s, one dimension: six points to three taps (the transpose of filter_1d).
-static inline void grad_filter_1d(const Vec (&s)[6], Vec (&out)[3]) {
-  const Vec s1 = s[1] + s[2], d1 = s[1] - s[2], s2 = s[3] + s[4], d2 = s[3] - s[4];
-  out[0] = fma(Vec::set(-2.f / 3), s1, fma(Vec::set(1.f / 6), s2, s[0]));
-  out[1] = fma(Vec::set(-2.f / 3 * kA), d1, Vec::set(kB / 6) * d2);
-  out[2] = fma(Vec::set(-1.f / 3), s1, fma(Vec::set(1.f / 3), s2, s[5]));
-}
+// A tile of 2 pixels in a dimension has four of the six points there, and the others' places in V and M stay unused.
 
 // Apply a one-dimensional transform to the columns, then to the rows: out = M in M^T.
 template <int from, int to, class Transform>
@@ -115,14 +58,44 @@ static inline void input_tile(const float* d, int64_t row, int64_t column, float
   outer_row(5, d1, d3, d5);
 }
 
-// V[36][tile][v_row] of the tiles' input patches.
+// The same of the first rows x columns pixels of a patch, for a tile of F(2) in one dimension or both: its points alone.
+template <int rows, int columns>
+static inline void edge_input_tile(Patch<6>& d, float* v, int64_t position) {
+  Vec half[rows][columns];
+#pragma GCC unroll 6
+  for (int j = 0; j < columns; ++j) {
+    Vec column[rows], points[rows];
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; ++i) column[i] = Vec::load(d.at(i, j));
+    input_1d(column, points);
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; ++i) half[i][j] = points[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < rows; ++i) {
+    Vec points[columns];
+    input_1d(half[i], points);
+    float* p = v + 6 * place_of_point<rows>(i) * position;
+#pragma GCC unroll 6
+    for (int j = 0; j < columns; ++j) points[j].store(p + place_of_point<columns>(j) * position);
+  }
+}
+
+// body(t, tile) for those of a range's tiles that are of one region; t counts from the range's begin.
+template <class Body>
+static inline void for_each_tile(const TileRange& tiles, const TileRegion& region, const Body& body) {
+  const TileRange some = tiles.in(region);
+  if (some.count() == 0) return;
+  Tile tile = region.at(some.begin);
+  for (int64_t t = some.begin; t < some.end; ++t, region.next(tile)) body(t - tiles.begin, tile);
+}
+
 template <class T>
-static void winograd_input(const Image& x, const TileRange& tiles, const Points& v) {
+static void whole_input(const Image& x, const TileRange& tiles, const Points& v) {
   const int64_t whole = std::is_same_v<T, float> && x.kind == ImageKind::plain ? x.c / Vec::width * Vec::width : 0;
-  Tile tile = tiles.grid.at(tiles.begin);
-  for (int64_t t = tiles.begin; t < tiles.end; ++t, tiles.grid.next(tile)) {
+  for_each_tile(tiles, tiles.grid.whole(), [&](int64_t t, const Tile& tile) {
     const int64_t h = 4 * tile.row - 1, w = 4 * tile.col - 1;
-    float* p = v.data + (t - tiles.begin) * v.row;
+    float* p = v.data + t * v.row;
     const bool inside = h >= 0 && w >= 0 && h + 6 <= x.h && w + 6 <= x.w;
     int64_t c = 0;
     for (; inside && c < whole; c += Vec::width) { // straight from the image
@@ -135,7 +108,28 @@ static void winograd_input(const Image& x, const TileRange& tiles, const Points&
       load_any_patch<T>(x, tile.n, h, w, c, lanes_from(c, x.c), patch);
       input_tile(patch.data, 6 * Vec::width, Vec::width, p + c, v.position, 0);
     }
-  }
+  });
+}
+
+// Of tiles that are height x width pixels.
+template <class T, int height, int width>
+static void edge_input(const Image& x, const TileRange& tiles, const TileRegion& region, const Points& v) {
+  for_each_tile(tiles, region, [&](int64_t t, const Tile& tile) {
+    for (int64_t c = 0; c < x.c; c += Vec::width) {
+      Patch<6> patch;
+      load_any_patch<T>(x, tile.n, 4 * tile.row - 1, 4 * tile.col - 1, c, lanes_from(c, x.c), patch);
+      edge_input_tile<height + 2, width + 2>(patch, v.data + t * v.row + c, v.position);
+    }
+  });
+}
+
+// V[36][tile][v_row] of the tiles' input patches.
+template <class T>
+static void winograd_input(const Image& x, const TileRange& tiles, const Points& v) {
+  edge_input<T, 4, 2>(x, tiles, tiles.grid.last_column(), v);
+  whole_input<T>(x, tiles, v);
+  edge_input<T, 2, 4>(x, tiles, tiles.grid.last_row(), v);
+  edge_input<T, 2, 2>(x, tiles, tiles.grid.corner(), v);
 }
 
 // A dY A^T of a 4x4 patch of output gradients; returns the sum of its 16 pixels.
@@ -167,10 +161,9 @@ template <class T>
 static void winograd_grad_output(const Image& dz, const TileRange& tiles, int64_t begin, int64_t end, const Points& z,
                                  float* bias_sum) {
   memset(bias_sum, 0, (end - begin) * sizeof(float));
-  Tile tile = tiles.grid.at(tiles.begin);
-  for (int64_t t = tiles.begin; t < tiles.end; ++t, tiles.grid.next(tile))
+  for_each_tile(tiles, tiles.grid.whole(), [&](int64_t t, const Tile& tile) {
     for (int64_t c = begin; c < end; c += Vec::width) {
-      float *p = z.data + (t - tiles.begin) * z.row + c - begin, *sum = bias_sum + c - begin;
+      float *p = z.data + t * z.row + c - begin, *sum = bias_sum + c - begin;
       if (c >= dz.c) {
         for (int i = 0; i < 36; ++i) Vec::zero().store(p + i * z.position);
         continue;
@@ -179,6 +172,7 @@ static void winograd_grad_output(const Image& dz, const TileRange& tiles, int64_
       load_any_patch<T>(dz, tile.n, 4 * tile.row, 4 * tile.col, c, lanes_from(c, dz.c), patch);
       (Vec::load(sum) + grad_output_tile(patch, p, z.position)).store(sum);
     }
+  });
 }
 
 // G g G^T of a vector of filters; tap (i, j) is at taps + (3 * i + j) * tap.
@@ -221,108 +215,119 @@ static void winograd_filters(const Filters& w, int64_t block, float* u) {
   }
 }
 
-// M[first ... last][tiles][kBlock] = V U, or += V U with `add`, for one block of output channels.
-static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int first, int last,
-                              bool add, const Soon& soon) {
-  for (int i = first; i < last; ++i) {
-    float *a = v.data + i * v.position, *out = m.data + i * m.position;
-    const Product product{a,
-                          v.row,
-                          1,
-                          0,
-                          u + i * filters_position(in, kBlock),
-                          kBlock,
-                          0,
-                          in,
-                          1,
-                          kRows * v.row,
-                          16, // the next rows' V
-                          soon.bytes ? soon.data : (const char*)a,
-                          soon.bytes / tiles};
-    const auto finish = [&](int64_t t, const Vec(&acc)[kVecs]) {
-      for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * m.row + k * Vec::width);
-    };
-    if (add)
-      for_each_row_block(tiles, product, [&](int64_t t, int k) { return Vec::load(out + t * m.row + k * Vec::width); }, finish);
-    else
-      for_each_row_block(tiles, product, StartAtZero(), finish);
-  }
+// M[point][tiles][kBlock] = V U, or += V U with `add`, for one block of output channels.
+static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int point, bool add,
+                              const Soon& soon) {
+  float *a = v.data + point * v.position, *out = m.data + point * m.position;
+  const Product product{a,
+                        v.row,
+                        1,
+                        0,
+                        u + point * filters_position(in, kBlock),
+                        kBlock,
+                        0,
+                        in,
+                        1,
+                        kRows * v.row,
+                        16, // the next rows' V
+                        soon.bytes ? soon.data : (const char*)a,
+                        soon.bytes / tiles};
+  const auto finish = [&](int64_t t, const Vec(&acc)[kVecs]) {
+    for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * m.row + k * Vec::width);
+  };
+  if (add)
+    for_each_row_block(tiles, product, [&](int64_t t, int k) { return Vec::load(out + t * m.row + k * Vec::width); }, finish);
+  else
+    for_each_row_block(tiles, product, StartAtZero(), finish);
 }
 
 // A^T M A of one tile and one vector of channels; point (i, j) of M is at m + (6 * i + j) * position.
-static inline void output_tile(const float* m, int64_t position, Vec (&y)[4][4]) {
-  Vec half[4][6];
+template <int height, int width>
+static inline void output_tile(const float* m, int64_t position, Vec (&y)[height][width]) {
+  Vec half[height][width + 2];
 #pragma GCC unroll 6
-  for (int j = 0; j < 6; ++j) {
-    Vec column[6], result[4];
+  for (int j = 0; j < width + 2; ++j) {
+    Vec column[height + 2], result[height];
+    const float* p = m + place_of_point<width + 2>(j) * position;
 #pragma GCC unroll 6
-    for (int i = 0; i < 6; ++i) column[i] = Vec::load(m + (6 * i + j) * position);
+    for (int i = 0; i < height + 2; ++i) column[i] = Vec::load(p + 6 * place_of_point<height + 2>(i) * position);
     output_1d(column, result);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) half[i][j] = result[i];
+    for (int i = 0; i < height; ++i) half[i][j] = result[i];
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) output_1d(half[i], y[i]);
+  for (int i = 0; i < height; ++i) output_1d(half[i], y[i]);
 }
 
 // Pool and argmax of one tile and one vector of channels, from registers to memory.
-template <class T>
-static inline void store_tile(const Output& out, const Tile& tile, int64_t k, int lanes, const Vec (&y)[4][4]) {
+template <class T, int height, int width>
+static inline void store_tile(const Output& out, const Tile& tile, int64_t k, int lanes, const Vec (&y)[height][width]) {
   T* data = (T*)out.data;
   const int64_t h = 4 * tile.row, w = 4 * tile.col;
   if (out.pool) {
     const int64_t pooled_h = out.h / 2, pooled_w = out.w / 2;
-    for (int i = 0; i < 2 && h / 2 + i < pooled_h; ++i)
-      for (int j = 0; j < 2 && w / 2 + j < pooled_w; ++j)
+    for (int i = 0; i < height / 2 && h / 2 + i < pooled_h; ++i)
+      for (int j = 0; j < width / 2 && w / 2 + j < pooled_w; ++j)
         store_pooled<T>(out, (tile.n * pooled_h + h / 2 + i) * pooled_w + w / 2 + j, k, lanes, y[2 * i][2 * j], y[2 * i][2 * j + 1],
                         y[2 * i + 1][2 * j], y[2 * i + 1][2 * j + 1]);
     return;
   }
   T* corner = data + ((tile.n * out.h + h) * out.w + w) * out.c + k;
-  if (lanes == Vec::width && h + 4 <= out.h && w + 4 <= out.w) {
+  if (lanes == Vec::width && h + height <= out.h && w + width <= out.w) {
     if constexpr (std::is_same_v<T, float>) {
       if (out.stream) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < height; ++i)
 #pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) y[i][j].stream(corner + (i * out.w + j) * out.c);
+          for (int j = 0; j < width; ++j) y[i][j].stream(corner + (i * out.w + j) * out.c);
         return;
       }
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < height; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) y[i][j].store(corner + (i * out.w + j) * out.c);
+      for (int j = 0; j < width; ++j) y[i][j].store(corner + (i * out.w + j) * out.c);
     return;
   }
-  for (int i = 0; i < 4 && h + i < out.h; ++i)
-    for (int j = 0; j < 4 && w + j < out.w; ++j) store_lanes(y[i][j], corner + (i * out.w + j) * out.c, lanes);
+  for (int i = 0; i < height && h + i < out.h; ++i)
+    for (int j = 0; j < width && w + j < out.w; ++j) store_lanes(y[i][j], corner + (i * out.w + j) * out.c, lanes);
+}
+
+// Y of tiles that are height x width pixels, for a vector of output channels from k on, whose M is at m.data. The result is NaN in
+// the lanes that met an Inf or NaN, else 0.
+template <class T, int height, int width>
+static Vec output_region(const Points& m, const TileRange& tiles, const TileRegion& region, int64_t k, const Output& out) {
+  const int lanes = lanes_from(k, out.c);
+  const Epilogue epilogue(out, k);
+  Vec spoiled = Vec::zero();
+  for_each_tile(tiles, region, [&](int64_t t, const Tile& tile) {
+    Vec y[height][width], sum = Vec::zero();
+    output_tile(m.data + t * m.row, m.position, y);
+#pragma GCC unroll 4
+    for (int i = 0; i < height; ++i) {
+      Vec row = y[i][0] + y[i][1];
+      if constexpr (width == 4) row = row + (y[i][2] + y[i][3]);
+      sum = sum + row;
+#pragma GCC unroll 4
+      for (int j = 0; j < width; ++j) y[i][j] = epilogue(y[i][j]);
+    }
+    spoiled = spoiled + (sum - sum);
+    store_tile<T>(out, tile, k, lanes, y);
+  });
+  return spoiled;
 }
 
 // Y of one block of output channels. False if any result is Inf or NaN: the transforms spread one such input over a whole tile
 // (and may overflow where the convolution does not), so the caller then repeats the layer with the direct kernel.
 template <class T>
 static bool winograd_output(const Points& m, const TileRange& tiles, int64_t block, const Output& out) {
-  const int64_t count = tiles.end - tiles.begin;
   Vec spoiled = Vec::zero();
-  for (int v = 0; v < kBlock; v += Vec::width) {
-    const int64_t k = block * kBlock + v;
-    if (k >= out.c) break;
-    const int lanes = lanes_from(k, out.c);
-    const Epilogue epilogue(out, k);
-    Tile tile = tiles.grid.at(tiles.begin);
-    for (int64_t t = 0; t < count; ++t, tiles.grid.next(tile)) {
-      Vec y[4][4], sum = Vec::zero();
-      output_tile(m.data + t * m.row + v, m.position, y);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        sum = sum + ((y[i][0] + y[i][1]) + (y[i][2] + y[i][3]));
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) y[i][j] = epilogue(y[i][j]);
-      }
-      spoiled = spoiled + (sum - sum); // 0 for finite values, NaN otherwise
-      store_tile<T>(out, tile, k, lanes, y);
-    }
+  for (int64_t v = 0, k = block * kBlock; v < kBlock && k < out.c; v += Vec::width, k += Vec::width) {
+    const Points these{m.data + v, m.row, m.position};
+    spoiled = spoiled + output_region<T, 4, 2>(these, tiles, tiles.grid.last_column(), k, out);
+    spoiled = spoiled + output_region<T, 4, 4>(these, tiles, tiles.grid.whole(), k, out);
+    spoiled = spoiled + output_region<T, 2, 4>(these, tiles, tiles.grid.last_row(), k, out);
+    spoiled = spoiled + output_region<T, 2, 2>(these, tiles, tiles.grid.corner(), k, out);
   }
   if (out.stream) fence_streams();
   return all_zero(spoiled);

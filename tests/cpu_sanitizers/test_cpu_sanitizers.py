@@ -124,6 +124,14 @@ MUTATIONS = {
         "schedule",
         "heap-buffer-overflow",
     ),
+    "a tile stored past the last row": Mutation(
+        "winograd.inl",
+        "if (lanes == Vec::width && h + height <= out.h && w + width <= out.w) {",
+        "if (lanes == Vec::width && h + height - 1 <= out.h && w + width <= out.w) {",
+        "baseline",
+        "baseline",
+        "heap-buffer-overflow",
+    ),
     "weights read past the last column": Mutation(
         "linear.inl",
         "w[s] = s < outs ? load_lanes(p, lanes) : Vec::zero();",

@@ -23,9 +23,15 @@ class Layer(NamedTuple):
         """Operations of one direct convolution, in 1e9; a multiplication and an addition count as two."""
         return 2e-9 * batch * self.size**2 * 9 * self.c_in * self.c_out
 
-    def winograd_gflop(self, batch: int) -> float:
-        """Operations of F(4x4, 3x3)'s products, in 1e9: 36 for each 4x4 tile and pair of channels; the transforms not counted."""
-        return 2e-9 * batch * (-(-self.size // 4)) ** 2 * 36 * self.c_in * self.c_out
+    def winograd_gflop(self, batch: int, edges: bool = False) -> float:
+        """Operations of F(4x4, 3x3)'s products, in 1e9: 36 for each 4x4 tile and pair of channels; the transforms not counted.
+
+        ``edges``: where one or two pixels are left for the last row and column of tiles, F(2) computes these.
+        """
+        points = 6 * -(-self.size // 4)  # of a row of tiles, in one dimension
+        if edges and self.size % 4 in (1, 2):
+            points -= 2
+        return 2e-9 * batch * points**2 * self.c_in * self.c_out
 
     def gigabytes(self, batch: int, itemsize: int) -> float:
         """What must be moved at least, in 1e9 bytes: input, filters and bias read once, the (pooled) output written once."""

@@ -260,7 +260,8 @@ def _roofline_points(axes: Axes, found: list[tuple[Any, Json, Json | None]], bat
             layer.gigabytes(batch, ITEMSIZE[dtype]),
             layer.gflop(batch),
         )
-        products = layer.winograd_gflop(batch) if "winograd" in record.get("kernel", "") else gflop
+        kernel = record.get("kernel", "")
+        products = layer.winograd_gflop(batch, edges="F(2)" in kernel) if "winograd" in kernel else gflop
         executed.append((products / gigabytes, products / seconds))
         direct.append((gflop / gigabytes, gflop / seconds))
         if rival:
