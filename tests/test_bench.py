@@ -276,7 +276,7 @@ def test_a_network_end_to_end_in_processes_of_their_own(lab, task):
 def test_bfloat16_training_may_have_twice_torchs_own_error(lab):
     case = dataclasses.replace(TINY, task="training", dtype="bf16")
     (record,) = lab.time(group_of(case, VGGFAST), ONCE)["contenders"]
-    assert 1e-4 < record["error"] <= record["tolerance"] < 0.1
+    assert 1e-4 < record["error"] <= record["tolerance"] < 0.5
     judged = measure.judge(Entry("x", VGGFAST, case), {"a": 0.05, "b": 0.01}, {"a": 0.03, "b": 0.004}, True)
     assert "relative error of b: expected at most 8.0e-03" in judged["refused"]
 

@@ -25,6 +25,10 @@ struct Tiles {
   template <int tile>
   static void load(const void* p, int64_t row_bytes) {
     Registers& r = registers();
+    if constexpr (tile < 4) {
+      for (int i = 0; i < r.rows; ++i) memcpy(r.sums[tile][i], (const char*)p + i * row_bytes, 64);
+      return;
+    }
     const int rows = tile < 6 ? r.rows : r.depth / 2, bytes = tile < 6 ? 2 * r.depth : 64;
     for (int i = 0; i < rows; ++i) memcpy(r.operands[tile][i], (const char*)p + i * row_bytes, bytes);
   }

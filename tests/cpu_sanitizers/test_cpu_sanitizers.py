@@ -142,8 +142,8 @@ MUTATIONS = {
     ),
     "AMX's results past the last channel": Mutation(
         "amx.inl",
-        "store_lanes(result(row * below + i * kAmxBlock), p + i * out.c, lanes);",
-        "result(row * below + i * kAmxBlock).store(p + i * out.c);",
+        "store_lanes(b, p + Vec::width, more);",
+        "b.store(p + Vec::width);",
         "amx_emulated",
         "amx",
         "heap-buffer-overflow",
