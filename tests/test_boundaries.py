@@ -87,9 +87,11 @@ def use_schedule(schedule: str, n: int, h: int, w: int) -> tuple[int, int]:
     return c_in, c_out
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# 16 bits meet an edge in the transforms alone, which all schedules share.
+@pytest.mark.parametrize(
+    ("schedule", "dtype"), [*((s, torch.float32) for s in SCHEDULES), ("tile-fused", torch.bfloat16)]
+)
 @pytest.mark.parametrize("size", EDGES, ids=str)
-@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_images_that_end_within_a_tile(isa: str, schedule: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
     c_in, c_out = use_schedule(schedule, *size)
     n, h, w = size
