@@ -160,6 +160,8 @@ def test_explain_names_it(amx: str) -> None:
     model = vgg11(num_classes=10).to(BF16)
     told = str(explain(model, torch.rand(1, 3, 64, 64, dtype=BF16)))
     assert f"cpu {amx} direct on AMX tiles" in told
+    with torch.autocast("cpu", BF16):
+        assert f"cpu {amx} direct on AMX tiles" in str(explain(model.float(), torch.rand(1, 3, 64, 64)))
 
 
 def test_denormals_are_zero() -> None:

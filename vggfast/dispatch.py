@@ -88,7 +88,7 @@ def decide_conv3x3(
     if gpu is not None or x.device.type == "cuda":
         return _decide_cuda(step, _conv_problem(x, weight, pool), x.device, gpu)
     n, c_in, h, w = x.shape
-    dtype = str(x.dtype).removeprefix("torch.")
+    dtype = str(compute_dtype(x)).removeprefix("torch.")
     plan, _, why = _C.cpu_plan(step, n, c_in, weight.shape[0], h, w, dtype).partition(": ")
     return Decision(True, f"cpu {_C.cpu_isa()} {plan}", why)
 

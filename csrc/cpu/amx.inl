@@ -118,7 +118,7 @@ static inline void amx_store_pooled(const Output& out, int64_t n, int64_t h, int
 // Results of the pixels [w, w + count) in rows h and, where the image has it, h + 1.
 static inline void amx_store(const Output& out, int64_t n, int64_t h, int64_t w, int64_t count, int64_t k0, const float* sums) {
   if (out.pool) return amx_store_pooled(out, n, h, w, count, k0, sums);
-  const int lanes = out.c - k0 < Vec::width ? int(out.c - k0) : Vec::width;
+  const int lanes = lanes_from(k0, out.c);
   const int more = out.c - k0 - Vec::width <= 0 ? 0 : lanes_from(k0 + Vec::width, out.c);
   const Epilogue first(out, k0), second(out, more > 0 ? k0 + Vec::width : k0);
   for (int64_t row = 0; row < 2 && h + row < out.h; ++row) {
@@ -136,7 +136,7 @@ static inline void amx_store(const Output& out, int64_t n, int64_t h, int64_t w,
   }
 }
 
-// Output rows [h_begin, h_end) of image n and blocks [begin, end) of its channels; h_begin is even. scratch: amx_scratch() floats.
+// Output rows [h_begin, h_end) of image n and blocks [begin, end) of its channels; h_begin is even. scratch: AmxShape::floats().
 static void amx_rows(const Image& x, const BFloat16* packed, const Output& out, int64_t n, int64_t h_begin, int64_t h_end,
                      int64_t begin, int64_t end, float* scratch) {
   const AmxShape shape(x.c, x.w);
