@@ -117,21 +117,27 @@ inline void check_grad_weight(const Tensor& x, const Tensor& grad, const MaybeTe
 
 inline void check_matrix(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) > 0 && t.size(1) > 0, name, ": expected a matrix with elements, got ", shape_of(t));
-  STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, name, ": expected float32, got ", t.scalar_type());
+  dtype_of(t);
   check_memory(t, name);
 }
 
 // One of the small matrices, a row for each image of the batch.
-inline void check_rows(const Tensor& t, const char* name, int64_t columns, const Tensor& as, const char* as_name) {
+inline void check_rows(const Tensor& t, const char* name, int64_t columns) {
   check_matrix(t, name);
-  check_same_kind(t, name, as, as_name);
   STD_TORCH_CHECK(t.size(0) <= max_linear_rows && t.size(1) == columns, name, ": expected at most ", max_linear_rows, " rows of ",
                   columns, ", got ", shape_of(t));
 }
 
+// Weights may be kept in float32 beside images, and gradients, of fewer bits.
+inline void check_linear_weight(const Tensor& weight, const Tensor& as, const char* as_name) {
+  if (weight.scalar_type() != torch::headeronly::ScalarType::Float || weight.device() != as.device())
+    check_same_kind(weight, "weight", as, as_name);
+}
+
 inline void check_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   check_matrix(weight, "weight");
-  check_rows(x, "x", weight.size(1), weight, "weight");
+  check_rows(x, "x", weight.size(1));
+  check_linear_weight(weight, x, "x");
   if (!bias) return;
   STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias: expected [", weight.size(0), "], got ",
                   shape_of(*bias));
@@ -140,23 +146,26 @@ inline void check_linear(const Tensor& x, const Tensor& weight, const MaybeTenso
 }
 
 // The gradient of a layer's output, and the output where a ReLU was its last step.
-inline void check_linear_grad(const Tensor& grad, int64_t outputs, const MaybeTensor& y, const Tensor& as, const char* as_name) {
-  check_rows(grad, "grad", outputs, as, as_name);
+inline void check_linear_grad(const Tensor& grad, int64_t outputs, const MaybeTensor& y) {
+  check_rows(grad, "grad", outputs);
   if (!y) return;
-  check_rows(*y, "y", outputs, grad, "grad");
+  check_rows(*y, "y", outputs);
+  check_same_kind(*y, "y", grad, "grad");
   STD_TORCH_CHECK(y->size(0) == grad.size(0), "y: expected the size of grad, ", shape_of(grad), ", got ", shape_of(*y));
 }
 
 inline void check_linear_grad_input(const Tensor& grad, const Tensor& weight, const MaybeTensor& y) {
   check_matrix(weight, "weight");
-  check_linear_grad(grad, weight.size(0), y, weight, "weight");
+  check_linear_grad(grad, weight.size(0), y);
+  check_linear_weight(weight, grad, "grad");
 }
 
 inline void check_linear_grad_weight(const Tensor& x, const Tensor& grad, const MaybeTensor& y) {
   check_matrix(grad, "grad");
   check_matrix(x, "x");
-  check_rows(x, "x", x.size(1), grad, "grad");
-  check_linear_grad(grad, grad.size(1), y, x, "x");
+  check_rows(x, "x", x.size(1));
+  check_linear_grad(grad, grad.size(1), y);
+  check_same_kind(grad, "grad", x, "x");
   STD_TORCH_CHECK(grad.size(0) == x.size(0), "grad: expected ", x.size(0), " rows, as x has, got ", shape_of(grad));
   STD_TORCH_CHECK(grad.size(1) <= max_elements / x.size(1), "weight: expected at most ", max_elements, " elements, got ",
                   shape_of(grad), " outputs of ", shape_of(x));

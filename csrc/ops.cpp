@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(vggfast, library) {
   library.def("conv3x3_grad_weight(Tensor x, Tensor grad, Tensor? y, Tensor? argmax) -> (Tensor, Tensor)");
   library.def("linear(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor");
   library.def("linear_grad_input(Tensor grad, Tensor weight, Tensor? y) -> Tensor");
-  library.def("linear_grad_weight(Tensor x, Tensor grad, Tensor? y) -> (Tensor, Tensor)");
+  library.def("linear_grad_weight(Tensor x, Tensor grad, Tensor? y, bool in_float32) -> (Tensor, Tensor)");
   library.def("max_pool2x2(Tensor x, bool save_argmax) -> (Tensor, Tensor)");
   library.def("max_pool2x2_grad(Tensor grad, Tensor argmax, SymInt h, SymInt w) -> Tensor");
 }

@@ -76,7 +76,7 @@ class Fuzzer:
         grad, y = self.tensor(after, dtype), self.maybe(self.tensor(after, dtype))
         argmax = self.tensor([n, h // 2, w // 2, (c_out + 3) // 4], torch.uint8)
         saved = (y, argmax if pool != self.chance(0.05) else None)
-        rows, kind = r.randint(0, 17), r.choice(DTYPES[:1] * 9 + DTYPES)
+        rows, kind = r.randint(0, 17), r.choice(DTYPES[:3] * 4 + DTYPES)
         row, matrix, out = (self.tensor(size, kind) for size in ([rows, c_in], [c_out, c_in], [rows, c_out]))
         vector, saved_out = self.maybe(self.tensor([c_out], kind)), self.maybe(self.tensor([rows, c_out], kind))
         return r.choice(
@@ -88,7 +88,7 @@ class Fuzzer:
                 lambda: RAW.max_pool2x2_grad(grad, argmax, self.size(h), self.size(w)),
                 lambda: RAW.linear(row, matrix, vector, relu),
                 lambda: RAW.linear_grad_input(out, matrix, saved_out),
-                lambda: RAW.linear_grad_weight(row, out, saved_out),
+                lambda: RAW.linear_grad_weight(row, out, saved_out, relu),
                 lambda: public_op(x, weight, bias, relu, pool),
             ]
         )()

@@ -42,7 +42,7 @@ def strided(t: Tensor, kind: str) -> Tensor:
         return t.t().contiguous().t()
     if kind == "expanded":
         return t[:1].clone().expand(t.shape)
-    wide = torch.full((t.shape[0], 2 * t.shape[1] + 3), float("nan"))
+    wide = torch.full((t.shape[0], 2 * t.shape[1] + 3), float("nan"), dtype=t.dtype)
     window = wide[:, 3 : 3 + t.shape[1]] if kind == "sliced" else wide[:, 1 : 2 * t.shape[1] : 2]
     window.copy_(t)
     return window
@@ -88,6 +88,46 @@ def test_sums_of_small_integers_have_torchs_bits(isa: str) -> None:
             assert_same_bits(ours + 0, theirs + 0, "gradient")
 
 
+MIXED = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)]
+MIXED += [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), MIXED, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("rows", [1, 3, 8, 11, 16])
+def test_sixteen_bits_are_the_exact_result_rounded_once(
+    isa: str, rows: int, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    for relu, (columns, outputs) in itertools.product((False, True), ((333, 101), (1, 5), (2050, 7), (48, 96))):
+        x = integers(rows, columns, dtype=dtype, seed=1, grad=True)
+        weight = integers(outputs, columns, dtype=weight_dtype, seed=2, grad=True)
+        bias = integers(outputs, dtype=weight_dtype, seed=3, grad=True)
+        exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+        y, plain = RAW.linear(x, weight, bias, relu), composition(*exact, relu)
+        assert_same_bits(y.detach() + 0, plain.detach().to(dtype) + 0, "y")
+        grad = integers(rows, outputs, seed=9)
+        ours, theirs = gradients(y, (x, weight, bias), grad.to(dtype)), gradients(plain, tuple(exact), grad.double())
+        for got, expected, leaf in zip(ours, theirs, (x, weight, bias), strict=True):
+            assert_same_bits(got + 0, expected.to(leaf.dtype) + 0, "gradient")
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), MIXED, ids=lambda d: str(d).removeprefix("torch."))
+def test_error_of_sixteen_bits_is_at_most_twice_torchs(isa: str, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    rows, columns, outputs = 7, 3000, 130
+    x, bias = normal(rows, columns, dtype=dtype, seed=1), normal(outputs, dtype=weight_dtype, seed=3)
+    weight, grad = (
+        (normal(outputs, columns, seed=2) / columns**0.5).to(weight_dtype),
+        normal(rows, outputs, dtype=dtype),
+    )
+    results = []
+    for kind in (None, dtype, torch.float64):
+        leaves = [(t if kind is None else t.to(kind)).clone().requires_grad_() for t in (x, weight, bias)]
+        y = RAW.linear(*leaves, False) if kind is None else F.linear(*leaves)
+        results.append([y.detach(), *gradients(y, tuple(leaves), grad.to(kind or dtype))])
+    assert [t.dtype for t in results[0]] == [dtype, dtype, weight_dtype, weight_dtype]
+    for ours, theirs, exact in zip(*results, strict=True):
+        assert error(ours, exact) <= 2 * error(theirs, exact)
+
+
 @pytest.mark.parametrize("kind", ["contiguous", "transposed", "expanded", "sliced", "every other"])
 def test_any_strides(isa: str, kind: str) -> None:
     x, weight, grad, y = (
@@ -97,9 +137,13 @@ def test_any_strides(isa: str, kind: str) -> None:
     assert torch.equal(RAW.linear(x, weight, bias, False), F.linear(x, weight, bias))
     masked = torch.where(y <= 0, 0.0, grad)
     assert torch.equal(RAW.linear_grad_input(grad, weight, y), masked @ weight)
-    grad_weight, grad_bias = RAW.linear_grad_weight(x, grad, y)
+    grad_weight, grad_bias = RAW.linear_grad_weight(x, grad, y, False)
     assert torch.equal(grad_weight, masked.t() @ x)
     assert torch.equal(grad_bias, masked.sum(0))
+    sixteen = [strided(t.bfloat16(), kind) for t in (x, weight, grad, y)]  # of the values that are in them, exact too
+    assert torch.equal(RAW.linear(*sixteen[:2], bias.bfloat16(), False), F.linear(x, weight, bias).bfloat16())
+    assert torch.equal(RAW.linear_grad_input(sixteen[2], *sixteen[1::2]), (masked @ weight).bfloat16())
+    assert torch.equal(RAW.linear_grad_weight(sixteen[0], *sixteen[2:], True)[0], masked.t() @ x)
 
 
 def test_nan_infinity_and_negative_zero(isa: str) -> None:
@@ -127,7 +171,7 @@ def test_bits_do_not_depend_on_threads_or_on_the_run(isa: str) -> None:
             [
                 RAW.linear(x, weight, None, True),
                 RAW.linear_grad_input(grad, weight, None),
-                *RAW.linear_grad_weight(x, grad, None),
+                *RAW.linear_grad_weight(x, grad, None, False),
             ]
         )
     for run in runs[1:]:
@@ -144,7 +188,6 @@ def large(rows: int = 2, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 REFUSED = {
     "17 rows": lambda: large(17),
     "float64": lambda: tuple(t.double() for t in large()),
-    "bfloat16": lambda: tuple(t.bfloat16() for t in large()),
     "few weights": lambda: (normal(2, 1000), normal(1000, 1000), None),
     "three dimensions": lambda: (normal(2, 2, LARGE[1]), normal(*LARGE), None),
     "one dimension": lambda: (normal(LARGE[1]), normal(*LARGE), None),
@@ -170,6 +213,7 @@ def test_what_has_no_kernel_is_torchs(kind: str) -> None:
     [
         ((normal(2, 3), normal(4, 5)), "shapes cannot be multiplied"),
         ((normal(2, 3), normal(4, 3).double()), "same dtype"),
+        ((normal(2, LARGE[1]).bfloat16(), normal(*LARGE)), "same dtype"),
     ],
 )
 def test_torchs_errors(arguments: tuple[Tensor, Tensor], message: str) -> None:
@@ -194,8 +238,55 @@ def test_autograd_of_every_kind() -> None:
     functional = torch.func.grad(lambda w: ops.linear(x, w, bias, relu=True).square().sum())(weight)
     torch.testing.assert_close(functional, first[1].detach(), rtol=1e-5, atol=1e-4)
     assert ops.linear_kernel(x, weight, bias).fused
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_autocast_reads_float32_weights_as_they_are(dtype: torch.dtype, kept: torch.dtype) -> None:
+    x, weight, bias = (t.to(kept).requires_grad_() for t in large(3))
+    with torch.autocast("cpu", dtype):
+        y, plain = ops.linear(x, weight, bias), composition(x, weight, bias, False)
+        decision = ops.linear_kernel(x, weight, bias)
+    assert (y.dtype, plain.dtype, decision.fused) == (dtype, dtype, True)
+    read = weight if kept == torch.float32 else weight.to(dtype)
+    exact = composition(x.detach().to(dtype).double(), read.detach().double(), bias.detach().double(), False)
+    assert error(y.detach(), exact) <= 2 * error(plain.detach(), exact)
+    grad = normal(3, LARGE[0], dtype=dtype)
+    for ours, theirs, leaf in zip(
+        gradients(y, (x, weight, bias), grad), gradients(plain, (x, weight, bias), grad), (x, weight, bias), strict=True
+    ):
+        assert ours.dtype == theirs.dtype == leaf.dtype
+        assert error(ours, theirs.double()) < 0.01
+
+
+def test_functional_gradients_under_autocast() -> None:
+    x, weight, bias = large(3)
+    image, filters = normal(2, 16, 8, 8), normal(16, 16, 3, 3) / 12
+
+    def losses(w: Tensor, f: Tensor) -> tuple[Tensor, ...]:
+        ours = ops.linear(x, w, bias, relu=True), ops.conv3x3(image, f)
+        plain = composition(x, w, bias, True), F.relu(F.conv2d(image, f, padding=1))
+        return tuple(sum(y.float().square().sum() for y in ys) for ys in (ours, plain))
+
     with torch.autocast("cpu", torch.bfloat16):
-        assert ops.linear(x, weight, bias).dtype == torch.bfloat16
+        ours, plain = (torch.func.grad(lambda w, f, i=i: losses(w, f)[i], (0, 1))(weight, filters) for i in (0, 1))
+    for got, expected in zip(ours, plain, strict=True):
+        assert got.dtype == expected.dtype == torch.float32
+        assert error(got, expected.double()) < 0.01
+
+
+def test_autocast_is_compiled_without_breaks() -> None:
+    net = vggfast.convert(head())
+    compiled = torch.compile(net, fullgraph=True)
+    x = normal(3, 1000)
+    results = []
+    for run in (net, compiled):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(x)
+        results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), list(net.parameters()))])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:], ids=str)

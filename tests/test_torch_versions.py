@@ -60,7 +60,7 @@ def test_opcheck(inputs: tuple[Tensor, ...]) -> None:
     torch.library.opcheck(
         torch.ops.vggfast.linear_grad_input.default, (torch.randn(3, 7), matrix.detach(), torch.randn(3, 7))
     )
-    torch.library.opcheck(torch.ops.vggfast.linear_grad_weight.default, (rows.detach(), torch.randn(3, 7), None))
+    torch.library.opcheck(torch.ops.vggfast.linear_grad_weight.default, (rows.detach(), torch.randn(3, 7), None, False))
     y, argmax = torch.ops.vggfast.conv3x3(*inputs, True, True, True)
     torch.library.opcheck(torch.ops.vggfast.conv3x3_grad_input.default, (y, inputs[1], y, argmax, 12, 12))
     torch.library.opcheck(torch.ops.vggfast.conv3x3_grad_weight.default, (inputs[0], y, y, argmax))

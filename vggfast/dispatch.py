@@ -53,8 +53,10 @@ def why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if any(t.device.type != "cpu" or t.layout != torch.strided for t in tensors):
         return "no kernel for other devices than CPUs, nor for other layouts"
-    if any(compute_dtype(t) != torch.float32 or t.dtype != torch.float32 for t in tensors):
-        return "no kernel for other dtypes than float32"
+    if compute_dtype(x) not in _DTYPES:
+        return f"no kernel for {x.dtype}"
+    if any(compute_dtype(t) != compute_dtype(x) for t in tensors):
+        return "x, weight and bias differ in dtype"
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or x.shape[0] == 0:
         return f"x {list(x.shape)} is not a batch of rows for weight {list(weight.shape)}"
     if x.shape[0] > LINEAR_ROWS:

@@ -63,8 +63,9 @@ def _fake_linear_grad_input(grad: Tensor, weight: Tensor, y: Tensor | None) -> T
     return grad.new_empty((grad.shape[0], weight.shape[1]))
 
 
-def _fake_linear_grad_weight(x: Tensor, grad: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty((grad.shape[1], x.shape[1])), x.new_empty((grad.shape[1],))
+def _fake_linear_grad_weight(x: Tensor, grad: Tensor, y: Tensor | None, in_float32: bool) -> tuple[Tensor, Tensor]:
+    dtype = torch.float32 if in_float32 else x.dtype
+    return x.new_empty((grad.shape[1], x.shape[1]), dtype=dtype), x.new_empty((grad.shape[1],), dtype=dtype)
 
 
 for _fake in (

@@ -48,7 +48,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool
         return _aten_conv3x3(x, weight, bias, relu, pool)
     arguments = (x, weight, bias, relu, pool, pool and _wants_grad(x, weight, bias))
     if dispatch.inside_functorch():
-        result: Tensor = _Conv3x3Function.apply(*arguments)[0]  # type: ignore[no-untyped-call]
+        cast = _cast_operands(x, weight, bias)
+        result: Tensor = _Conv3x3Function.apply(*cast, *arguments[3:])[0]  # type: ignore[no-untyped-call]
         return result
     y: Tensor = _ops.conv3x3(*arguments)[0]
     return y
@@ -85,12 +86,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
 
     Args:
         x: ``[N, in]`` with any strides (or whatever else ``torch.nn.functional.linear`` takes; it then runs unfused).
-        weight: ``[out, in]``, at least ``2**20`` elements for the kernel, which also wants ``N <= 16`` and float32.
+        weight: ``[out, in]``, at least ``2**20`` elements for the kernel, which also wants ``N <= 16`` and float32, bfloat16 or
+            float16. Under autocast, float32 weights are read as they are, and get float32 gradients: a copy of them in fewer bits
+            would take longer to make than the layer does.
         bias: ``[out]`` or ``None``.
         relu: apply ReLU; NaN stays NaN.
 
     Returns:
-        ``[N, out]``, contiguous.
+        ``[N, out]``, contiguous, in the dtype of ``x`` (under autocast in autocast's), with fp32 arithmetic inside.
 
     Raises:
         TypeError: an argument is not a tensor.
@@ -106,7 +109,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """``linear`` by the kernel, for operands against which ``dispatch.why_not_linear`` says nothing."""
     if dispatch.inside_functorch():
-        result: Tensor = _LinearFunction.apply(x, weight, bias, relu)  # type: ignore[no-untyped-call]
+        cast = _cast_linear_operands(x, weight, bias)
+        result: Tensor = _LinearFunction.apply(*cast, relu)  # type: ignore[no-untyped-call]
         return result
     fused: Tensor = _ops.linear(x, weight, bias, relu)
     return fused
@@ -264,6 +268,7 @@ def _backward_max_pool2x2(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Ten
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, relu = inputs
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    ctx.weight_dtype = weight.dtype
     saved_x = x if needs_weight or needs_bias else None
     ctx.save_for_backward(saved_x, weight if needs_x else None, output if relu else None)
 
@@ -275,12 +280,12 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph
         if y is not None:
             grad = torch.where(y.detach() <= 0, torch.zeros_like(grad), grad)
-        grad_x = grad @ weight if needs_x else None
+        grad_x = grad @ weight.to(grad.dtype) if needs_x else None
         return grad_x, grad.t() @ x if needs_weight else None, grad.sum(0) if needs_bias else None, None
     if needs_x:
         grad_x = _ops.linear_grad_input(grad, weight, y)
     if needs_weight or needs_bias:
-        grad_weight, grad_bias = _ops.linear_grad_weight(x, grad, y)
+        grad_weight, grad_bias = _ops.linear_grad_weight(x, grad, y, ctx.weight_dtype == torch.float32)
     return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None
 
 
@@ -324,18 +329,39 @@ class _LinearFunction(torch.autograd.Function):
 # ---- autocast ------------------------------------------------------------------------------------------------------
 
 
-def _register_autocast(device: str, key: str) -> torch.library.Library:
+def _cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the dtype that autocast asks for, where it is on."""
+    x, weight = x.to(dispatch.compute_dtype(x)), weight.to(dispatch.compute_dtype(weight))
+    return x, weight, None if bias is None else bias.to(dispatch.compute_dtype(bias))
+
+
+def _cast_linear_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same of ``linear``, whose weights may stay in float32."""
+    cast_x, cast_weight, cast_bias = _cast_operands(x, weight, bias)
+    if weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32):
+        return cast_x, weight, bias
+    return cast_x, cast_weight, cast_bias
+
+
+def _register_autocast(key: str) -> torch.library.Library:
     library = torch.library.Library("vggfast", "IMPL", key)  # type: ignore[no-untyped-call]
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def conv3x3_autocast(x: Tensor, weight: Tensor, bias: Tensor | None, *flags: bool) -> tuple[Tensor, Tensor]:
-        cast = [None if t is None else t.to(dispatch.compute_dtype(t)) for t in (x, weight, bias)]
+        cast = _cast_operands(x, weight, bias)  # while autocast is still seen
         with torch._C._ExcludeDispatchKeyGuard(keys):
             y, argmax = _ops.conv3x3(*cast, *flags)
             return y, argmax
 
+    def linear_autocast(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        cast = _cast_linear_operands(x, weight, bias)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            y: Tensor = _ops.linear(*cast, relu)
+            return y
+
     library.impl("conv3x3", conv3x3_autocast)  # type: ignore[no-untyped-call]
+    library.impl("linear", linear_autocast)  # type: ignore[no-untyped-call]
     return library
 
 
-_autocast_libraries = [_register_autocast("cpu", "AutocastCPU"), _register_autocast("cuda", "AutocastCUDA")]
+_autocast_libraries = [_register_autocast("AutocastCPU"), _register_autocast("AutocastCUDA")]

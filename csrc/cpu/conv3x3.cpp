@@ -69,8 +69,8 @@ Filters filters_of(const Tensor& w) {
 
 // Filters of the convolution that maps output gradients to input gradients: channels swapped, taps mirrored.
 Filters mirrored(const Filters& w) {
-  const size_t size = w.dtype == DType::f32 ? 4 : 2;
-  const char* last_tap = static_cast<const char*>(w.data) + 2 * (w.stride_r + w.stride_s) * int64_t(size);
+  const int64_t size = bytes_of(w.dtype);
+  const char* last_tap = static_cast<const char*>(w.data) + 2 * (w.stride_r + w.stride_s) * size;
   return {w.dtype, w.in, w.out, last_tap, w.stride_in, w.stride_out, -w.stride_r, -w.stride_s};
 }
 
@@ -99,7 +99,7 @@ bool passes_caches(const Output& out, const Plan& plan) {
   const int64_t pixels = out.pool ? out.n * (out.h / 2) * (out.w / 2) : out.n * out.h * out.w;
   const bool lines = plan.algorithm == Algorithm::amx ? !out.pool && out.c % 32 == 0 : out.dtype == DType::f32 && out.c % 16 == 0;
   return lines && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 &&
-         pixels * out.c * (out.dtype == DType::f32 ? 4 : 2) >= int64_t(out.pool ? 8 : 4) << 20;
+         pixels * out.c * bytes_of(out.dtype) >= int64_t(out.pool ? 8 : 4) << 20;
 }
 
 void run_forward(const Image& x, const Filters& w, Output out) {

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "conv3x3.h"
+
 namespace vggfast::cpu {
 
 struct BFloat16 {
@@ -35,6 +37,18 @@ static inline float to_float(Float16 h) {
   if (rest >= 0x0f800000) return bits_float(sign | rest | 0x7f800000);
   const float magnitude = bits_float(rest) * 0x1p112f;
   return bits_float(sign | float_bits(magnitude));
+}
+
+static inline int64_t bytes_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
+
+// body of a null pointer to the type that has that name.
+template <class Body>
+static inline auto with_type(DType dtype, const Body& body) {
+  if (dtype == DType::f32) return body((float*)nullptr);
+  if (dtype == DType::bf16) return body((BFloat16*)nullptr);
+  return body((Float16*)nullptr);
 }
 
 // Round to nearest even, NaN stays NaN.

@@ -1,6 +1,6 @@
 // Filters with any strides, in and out of [9 taps][kBlock output channels]. Of an ordinary weight [out, in, 3, 3] the nine taps lie
 // together, in order or (mirrored, for grad_input) in reverse; a vector of output channels is then rows of nine, transposed in
-// registers.
+// registers. Of a channels_last weight input channels do, and (mirrored) output channels.
 
 using Taps = float[9][kBlock];
 
@@ -14,6 +14,12 @@ template <class T>
 static inline void gather_taps(const Filters& w, int64_t k0, int64_t lanes, int64_t c, Taps& taps) {
   const T* p = (const T*)w.data + k0 * w.stride_out + c * w.stride_in;
   const int direction = taps_direction(w);
+  if (w.stride_out == 1) {
+    for (int64_t k = 0; k < lanes; k += Vec::width)
+      for (int i = 0; i < 9; ++i)
+        load_lanes(p + k + i / 3 * w.stride_r + i % 3 * w.stride_s, lanes_from(k, lanes)).store(taps[i] + k);
+    return;
+  }
   if (direction == 0 || lanes < kBlock) {
     for (int64_t k = 0; k < lanes; ++k, p += w.stride_out)
       for (int r = 0; r < 3; ++r)
@@ -34,9 +40,10 @@ static inline void gather_taps(const Filters& w, int64_t k0, int64_t lanes, int6
     }
 }
 
-// Whether the filters of neighbouring input channels follow each other, as those of an ordinary weight read forward do.
+// Whether the filters of neighbouring input channels follow each other, as those of an ordinary weight read forward do, or their
+// taps do, as those of a channels_last weight.
 static inline bool channels_together(const Filters& w) {
-  return taps_direction(w) == 1 && w.stride_in == 9;
+  return (taps_direction(w) == 1 && w.stride_in == 9) || w.stride_in == 1;
 }
 
 // Taps of Vec::width input channels from c on, for a vector of output channels from k on, as [channel][tap][Vec::width]. Each row
@@ -44,8 +51,22 @@ static inline bool channels_together(const Filters& w) {
 // apart share a few sets.
 template <class T>
 static inline void gather_channels(const Filters& w, int64_t k, int64_t c, float* taps) {
-  const T* p = (const T*)w.data + k * w.stride_out + 9 * c;
+  const T* p = (const T*)w.data + k * w.stride_out + w.stride_in * c;
   const bool more = c + 2 * Vec::width <= w.in;
+  if (w.stride_in == 1) {
+    for (int tap = 0; tap < 9; ++tap, taps += Vec::width) {
+      const T* row = p + tap / 3 * w.stride_r + tap % 3 * w.stride_s;
+      Vec rows[Vec::width];
+#pragma GCC unroll 16
+      for (int i = 0; i < Vec::width; ++i) rows[i] = Vec::load(row + i * w.stride_out);
+      if (more)
+        for (int i = 0; i < Vec::width; ++i) __builtin_prefetch(row + i * w.stride_out + Vec::width);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < Vec::width; ++i) rows[i].store(taps + i * 9 * Vec::width);
+    }
+    return;
+  }
   for (int part = 0; part < 9; ++part, p += Vec::width, taps += Vec::width * Vec::width) {
     Vec rows[Vec::width];
 #pragma GCC unroll 16

@@ -48,7 +48,7 @@ struct Kernels {
 
   void (*winograd_input)(const Image&, const TileRange&, const Points& v);
   void (*winograd_grad_output)(const Image&, const TileRange&, int64_t c_begin, int64_t c_end, const Points& z, float* bias_sum);
-  void (*winograd_filters)(const Filters&, int64_t block, float* u);
+  void (*winograd_filters)(const Filters&, int64_t block, float* u, bool stream); // past the caches: u aligned to 64 bytes
   void (*winograd_multiply)(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int point, bool add,
                             const Soon&);
   bool (*winograd_output)(const Points& m, const TileRange&, int64_t block, const Output&);
@@ -64,7 +64,7 @@ struct Kernels {
 
   void (*linear)(const Linear&, const float* x, int64_t begin, int64_t end, float* y);
   void (*linear_grad_input)(const Linear&, const float* grad, int64_t begin, int64_t end, float* dx);
-  void (*linear_grad_weight)(const Linear&, const float* x, const float* grad, int64_t begin, int64_t end, float* dw);
+  void (*linear_grad_weight)(const Linear&, const float* x, const float* grad, int64_t begin, int64_t end, void* dw);
 
   void (*max_pool_rows)(const Image&, const Output&, int64_t begin, int64_t end);         // rows of N * H/2
   void (*max_pool_grad_rows)(const Image& dz, const Output&, int64_t begin, int64_t end); // rows of N * H

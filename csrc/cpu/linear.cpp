@@ -1,5 +1,6 @@
 // The CPU ops of fully connected layers: validate, allocate, pack, run on torch's threads.
 #include "checks.h"
+#include "cpu/dtypes.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
@@ -10,67 +11,90 @@ namespace {
 
 constexpr int64_t job_outs = 48; // weights of one job: some megabytes, so that the queue costs nothing
 
+template <class T>
 struct Matrix {
-  const float* data;
+  const T* data;
   int64_t rows, columns, row, column; // strides
   explicit Matrix(const Tensor& t)
-      : data(static_cast<const float*>(t.const_data_ptr())), rows(t.size(0)), columns(t.size(1)), row(t.stride(0)),
+      : data(static_cast<const T*>(t.const_data_ptr())), rows(t.size(0)), columns(t.size(1)), row(t.stride(0)),
         column(t.stride(1)) {}
-  float at(int64_t r, int64_t c) const { return data[r * row + c * column]; }
+  float at(int64_t r, int64_t c) const { return to_float(data[r * row + c * column]); }
 };
+
+// body of the tensor as a Matrix of its dtype.
+template <class Body>
+void with_matrix(const Tensor& t, const Body& body) {
+  with_type(dtype_of(t), [&](auto* type) { body(Matrix<std::remove_pointer_t<decltype(type)>>(t)); });
+}
 
 Tensor with_adjacent_columns(const Tensor& t) {
   return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
 
 // Rows [begin, end) of x by vectors of columns, zero past the last.
-void pack_rows(const Matrix& x, int64_t begin, int64_t end, int width, float* packed) {
-  const int64_t rows = end - begin;
-  for (int64_t first = 0; first < x.columns; first += width)
-    for (int64_t r = 0; r < rows; ++r)
-      for (int i = 0; i < width; ++i) *packed++ = first + i < x.columns ? x.at(begin + r, first + i) : 0.f;
+void pack_rows(const Tensor& t, int64_t begin, int64_t end, int width, float* packed) {
+  with_matrix(t, [&](const auto& x) {
+    float* p = packed;
+    for (int64_t first = 0; first < x.columns; first += width)
+      for (int64_t r = begin; r < end; ++r)
+        for (int i = 0; i < width; ++i) *p++ = first + i < x.columns ? x.at(r, first + i) : 0.f;
+  });
 }
 
 // The gradient before the ReLU, [out + kLinearPadding][rows].
 std::vector<float> columns_of(const Tensor& grad, const MaybeTensor& y) {
-  const Matrix g(grad), saved(y ? *y : grad);
-  std::vector<float> columns((g.columns + kLinearPadding) * g.rows, 0.f);
-  for (int64_t o = 0; o < g.columns; ++o)
-    for (int64_t r = 0; r < g.rows; ++r)
-      columns[o * g.rows + r] = !y || !(saved.at(r, o) <= 0.f) ? g.at(r, o) : 0.f; // NaN lets the gradient through
+  std::vector<float> columns((grad.size(1) + kLinearPadding) * grad.size(0), 0.f);
+  with_matrix(grad, [&](const auto& g) {
+    const std::decay_t<decltype(g)> saved(y ? *y : grad);
+    for (int64_t o = 0; o < g.columns; ++o)
+      for (int64_t r = 0; r < g.rows; ++r)
+        columns[o * g.rows + r] = !y || !(saved.at(r, o) <= 0.f) ? g.at(r, o) : 0.f; // NaN lets the gradient through
+  });
   return columns;
 }
 
-Linear linear_of(const Tensor& weight, int64_t rows) {
-  return {rows,    weight.size(1), weight.size(0), static_cast<const float*>(weight.const_data_ptr()), weight.stride(0),
-          nullptr, false};
+// Floats to elements of t, from one on.
+void store_floats(const float* from, int64_t count, const Tensor& t, int64_t first) {
+  with_type(dtype_of(t), [&](auto* type) {
+    auto* to = static_cast<decltype(type)>(t.mutable_data_ptr()) + first;
+    for (int64_t i = 0; i < count; ++i) from_float(from[i], to + i);
+  });
 }
 
-Tensor linear(const Tensor& x_any, const Tensor& weight_any, const MaybeTensor& bias, bool relu) {
-  check_linear(x_any, weight_any, bias);
+Linear linear_of(const Tensor& weight, int64_t rows) {
+  return {rows, weight.size(1), weight.size(0), dtype_of(weight), weight.const_data_ptr(), weight.stride(0), nullptr, false};
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight_any, const MaybeTensor& bias, bool relu) {
+  check_linear(x, weight_any, bias);
   const Tensor weight = with_adjacent_columns(weight_any);
   const Kernels& k = kernels();
-  const Matrix x(x_any);
-  Tensor y = empty_of(x_any, {x.rows, weight.size(0)}, x_any.scalar_type());
-  std::vector<float> biases(bias ? weight.size(0) : 0);
-  for (size_t o = 0; o < biases.size(); ++o) biases[o] = static_cast<const float*>(bias->const_data_ptr())[o * bias->stride(0)];
+  const int64_t rows = x.size(0), out = weight.size(0), packed_row = round_up(x.size(1), k.width);
+  std::vector<float> biases(bias ? out : 0), sums(rows * out);
+  if (bias)
+    with_type(dtype_of(*bias), [&](auto* type) {
+      const auto* p = static_cast<const std::remove_pointer_t<decltype(type)>*>(bias->const_data_ptr());
+      for (int64_t o = 0; o < out; ++o) biases[o] = to_float(p[o * bias->stride(0)]);
+    });
   // More rows than the kernel takes go in parts of about one size.
-  const int64_t parts = ceil_div(x.rows, kLinearRows), jobs = ceil_div(weight.size(0), job_outs);
-  const Workspace packed(x.rows * round_up(x.columns, k.width));
+  const int64_t parts = ceil_div(rows, kLinearRows), jobs = ceil_div(out, job_outs);
+  const Workspace packed(rows * packed_row);
   std::vector<Linear> problems;
-  const auto first = [&](int64_t part) { return x.rows * part / parts; };
+  const auto first = [&](int64_t part) { return rows * part / parts; };
   for (int64_t part = 0; part < parts; ++part) {
     problems.push_back(linear_of(weight, first(part + 1) - first(part)));
     problems.back().bias = bias ? biases.data() : nullptr, problems.back().relu = relu;
-    pack_rows(x, first(part), first(part + 1), k.width, packed.data() + first(part) * round_up(x.columns, k.width));
+    pack_rows(x, first(part), first(part + 1), k.width, packed.data() + first(part) * packed_row);
   }
   const int64_t step = parts == 1 ? job_outs : 12; // of two parts the second then finds the weights in a cache
   parallel_jobs(jobs, [&](int64_t job) {
-    for (int64_t begin = job * job_outs, end = std::min(begin + job_outs, weight.size(0)); begin < end; begin += step)
+    for (int64_t begin = job * job_outs, end = std::min(begin + job_outs, out); begin < end; begin += step)
       for (int64_t part = 0; part < parts; ++part)
-        k.linear(problems[part], packed.data() + first(part) * round_up(x.columns, k.width), begin, std::min(begin + step, end),
-                 static_cast<float*>(y.mutable_data_ptr()) + first(part) * weight.size(0));
+        k.linear(problems[part], packed.data() + first(part) * packed_row, begin, std::min(begin + step, end),
+                 sums.data() + first(part) * out);
   });
+  Tensor y = empty_of(x, {rows, out}, x.scalar_type());
+  store_floats(sums.data(), rows * out, y, 0);
   return y;
 }
 
@@ -81,33 +105,35 @@ Tensor linear_grad_input(const Tensor& grad, const Tensor& weight_any, const May
   Tensor dx = empty_of(grad, {l.rows, l.in}, grad.scalar_type());
   const std::vector<float> columns = columns_of(grad, y);
   parallel_jobs(ceil_div(l.in, kLinearColumns), [&](int64_t job) {
-    const int64_t begin = job * kLinearColumns;
-    kernels().linear_grad_input(l, columns.data(), begin, std::min(begin + kLinearColumns, l.in),
-                                static_cast<float*>(dx.mutable_data_ptr()));
+    const int64_t begin = job * kLinearColumns, end = std::min(begin + kLinearColumns, l.in);
+    float* sums = scratch(l.rows * kLinearColumns);
+    kernels().linear_grad_input(l, columns.data(), begin, end, sums);
+    for (int64_t r = 0; r < l.rows; ++r) store_floats(sums + r * kLinearColumns, end - begin, dx, r * l.in + begin);
   });
   return dx;
 }
 
-std::tuple<Tensor, Tensor> linear_grad_weight(const Tensor& x_any, const Tensor& grad, const MaybeTensor& y) {
-  check_linear_grad_weight(x_any, grad, y);
+std::tuple<Tensor, Tensor> linear_grad_weight(const Tensor& x, const Tensor& grad, const MaybeTensor& y, bool in_float32) {
+  check_linear_grad_weight(x, grad, y);
   const Kernels& k = kernels();
-  const Matrix x(x_any);
-  const int64_t out = grad.size(1);
-  Tensor dw = empty_of(x_any, {out, x.columns}, x_any.scalar_type()), db = empty_of(x_any, {out}, x_any.scalar_type());
+  const auto type = in_float32 ? torch::headeronly::ScalarType::Float : x.scalar_type();
+  const int64_t rows = x.size(0), in = x.size(1), out = grad.size(1);
+  Tensor dw = empty_of(x, {out, in}, type), db = empty_of(x, {out}, type);
   const std::vector<float> columns = columns_of(grad, y);
-  const Workspace packed(x.rows * round_up(x.columns, k.width));
-  pack_rows(x, 0, x.rows, k.width, packed.data());
-  const Linear l{x.rows, x.columns, out, nullptr, 0, nullptr, false};
+  const Workspace packed(rows * round_up(in, k.width));
+  pack_rows(x, 0, rows, k.width, packed.data());
+  const Linear l{rows, in, out, dtype_of(dw), nullptr, 0, nullptr, false};
   parallel_jobs(ceil_div(out, job_outs), [&](int64_t job) {
     const int64_t begin = job * job_outs;
-    k.linear_grad_weight(l, packed.data(), columns.data(), begin, std::min(begin + job_outs, out),
-                         static_cast<float*>(dw.mutable_data_ptr()));
+    k.linear_grad_weight(l, packed.data(), columns.data(), begin, std::min(begin + job_outs, out), dw.mutable_data_ptr());
   });
+  std::vector<float> sums(out);
   for (int64_t o = 0; o < out; ++o) {
     double sum = 0;
-    for (int64_t r = 0; r < x.rows; ++r) sum += columns[o * x.rows + r];
-    static_cast<float*>(db.mutable_data_ptr())[o] = float(sum);
+    for (int64_t r = 0; r < rows; ++r) sum += columns[o * rows + r];
+    sums[o] = float(sum);
   }
+  store_floats(sums.data(), out, db, 0);
   return {dw, db};
 }
 

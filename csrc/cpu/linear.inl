@@ -2,8 +2,8 @@
 //   rows are packed by vectors of columns: [in / width][rows][width], zero past the last column
 
 static constexpr int kSums = Vec::width == 16 ? 24 : 8; // accumulators that leave registers for the operands
-static constexpr int kChain = 32;  // steps summed before their sum is added to the total: short chains round less
-static constexpr int kFetch = 512; // floats of each row of weights asked for ahead: hardware stops at each 4 KB
+static constexpr int kChain = 32;   // steps summed before their sum is added to the total: short chains round less
+static constexpr int kFetch = 2048; // bytes of each row of weights asked for ahead: hardware stops at each 4 KB
 
 static inline float sum_of(Vec v) {
   alignas(64) float lanes[Vec::width];
@@ -14,8 +14,8 @@ static inline float sum_of(Vec v) {
 }
 
 // sums[o][r] = x[r] . weight[o], for `outs` rows of weights and all rows of x.
-template <int outs, int rows>
-static inline void dot_rows(const Linear& l, const float* x, const float* weight, float (&sums)[outs][rows]) {
+template <class T, int outs, int rows>
+static inline void dot_rows(const Linear& l, const float* x, const T* weight, float (&sums)[outs][rows]) {
   const int64_t whole = l.in / Vec::width;
   Vec total[outs][rows];
   for (auto& of_out : total)
@@ -31,9 +31,9 @@ static inline void dot_rows(const Linear& l, const float* x, const float* weight
       Vec w[outs];
 #pragma GCC unroll 8
       for (int o = 0; o < outs; ++o) {
-        const float* p = weight + o * l.weight_row + i * Vec::width;
+        const T* p = weight + o * l.weight_row + i * Vec::width;
         w[o] = Vec::load(p);
-        __builtin_prefetch(p + kFetch);
+        __builtin_prefetch((const char*)p + kFetch);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
@@ -55,10 +55,10 @@ static inline void dot_rows(const Linear& l, const float* x, const float* weight
     }
 }
 
-template <int outs, int rows>
+template <class T, int outs, int rows>
 static inline void linear_block(const Linear& l, const float* x, int64_t o, float* y) {
   float sums[outs][rows];
-  dot_rows<outs, rows>(l, x, l.weight + o * l.weight_row, sums);
+  dot_rows<T, outs, rows>(l, x, (const T*)l.weight + o * l.weight_row, sums);
   for (int i = 0; i < outs; ++i)
     for (int r = 0; r < rows; ++r) {
       const float v = sums[i][r] + (l.bias ? l.bias[o + i] : 0.f);
@@ -66,22 +66,23 @@ static inline void linear_block(const Linear& l, const float* x, int64_t o, floa
     }
 }
 
-template <int rows>
+template <class T, int rows>
 static void linear_rows(const Linear& l, const float* x, int64_t begin, int64_t end, float* y) {
   constexpr int outs = kSums / rows > 8 ? 8 : kSums / rows;
   int64_t o = begin;
-  for (; o + outs <= end; o += outs) linear_block<outs, rows>(l, x, o, y);
-  for (; o < end; ++o) linear_block<1, rows>(l, x, o, y);
+  for (; o + outs <= end; o += outs) linear_block<T, outs, rows>(l, x, o, y);
+  for (; o < end; ++o) linear_block<T, 1, rows>(l, x, o, y);
 }
 
 // y[rows][out] of outputs [begin, end); rows is 1 to kLinearRows.
-template <int rows = kLinearRows>
+template <class T, int rows = kLinearRows>
 static void linear(const Linear& l, const float* x, int64_t begin, int64_t end, float* y) {
-  if (l.rows == rows) return linear_rows<rows>(l, x, begin, end, y);
-  if constexpr (rows > 1) linear<rows - 1>(l, x, begin, end, y);
+  if (l.rows == rows) return linear_rows<T, rows>(l, x, begin, end, y);
+  if constexpr (rows > 1) linear<T, rows - 1>(l, x, begin, end, y);
 }
 
-// dx[rows][in] of at most kLinearColumns columns [begin, end); grad is [out][rows].
+// dx[rows][kLinearColumns] of at most so many columns [begin, end); grad is [out][rows].
+template <class T>
 static void linear_grad_input(const Linear& l, const float* grad, int64_t begin, int64_t end, float* dx) {
   constexpr int step = 4, chain = 256; // rows of weights at once; and in one chain
   alignas(64) float sums[max_linear_rows * kLinearColumns];
@@ -97,7 +98,7 @@ static void linear_grad_input(const Linear& l, const float* grad, int64_t begin,
         Vec w[step];
 #pragma GCC unroll 4
         for (int s = 0; s < step; ++s) {
-          const float* p = l.weight + (o + s) * l.weight_row + column;
+          const T* p = (const T*)l.weight + (o + s) * l.weight_row + column;
           w[s] = s < outs ? load_lanes(p, lanes) : Vec::zero();
           __builtin_prefetch(p + 2 * step * l.weight_row);
         }
@@ -112,18 +113,19 @@ static void linear_grad_input(const Linear& l, const float* grad, int64_t begin,
     }
     for (int64_t r = 0; r < l.rows; ++r)
       for (int64_t i = 0; i < vecs; ++i) {
-        float* p = dx + r * l.in + begin + i * Vec::width;
-        const int lanes = lanes_from(begin + i * Vec::width, end);
+        float* p = dx + r * kLinearColumns + i * Vec::width;
         const Vec sum = Vec::load(sums + (i * l.rows + r) * Vec::width);
-        store_lanes(first ? load_lanes(p, lanes) + sum : sum, p, lanes);
+        (first ? Vec::load(p) + sum : sum).store(p);
       }
   }
 }
 
 // dw[out][in] of outputs [begin, end) = grad^T x; grad is [out][rows].
-static void linear_grad_weight(const Linear& l, const float* x, const float* grad, int64_t begin, int64_t end, float* dw) {
+template <class T>
+static void linear_grad_weight(const Linear& l, const float* x, const float* grad, int64_t begin, int64_t end, T* dw) {
   constexpr int step = 8;
-  const bool stream = l.in % 16 == 0 && (uintptr_t)dw % 64 == 0; // larger than the caches: they need not read it first
+  // Larger than the caches: they need not read it first.
+  const bool stream = std::is_same_v<T, float> && l.in % 16 == 0 && (uintptr_t)dw % 64 == 0;
   for (int64_t o = begin; o < end; o += step) {
     const int64_t outs = o + step < end ? step : end - o;
     for (int64_t column = 0; column < l.in; column += Vec::width) {
@@ -136,11 +138,14 @@ static void linear_grad_weight(const Linear& l, const float* x, const float* gra
         for (int s = 0; s < step; ++s) sums[s] = fma(Vec::set(grad[(o + s) * l.rows + r]), v, sums[s]);
       }
       for (int s = 0; s < outs; ++s) {
-        float* p = dw + (o + s) * l.in + column;
-        if (stream)
-          sums[s].stream(p);
-        else
-          store_lanes(sums[s], p, lanes_from(column, l.in));
+        T* p = dw + (o + s) * l.in + column;
+        if constexpr (std::is_same_v<T, float>) {
+          if (stream) {
+            sums[s].stream(p);
+            continue;
+          }
+        }
+        store_lanes(sums[s], p, lanes_from(column, l.in));
       }
     }
   }

@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "cpu/dtypes.h"
+#include "cpu/ahead.h"
 #include "cpu/scratch.h"
 
 namespace vggfast::cpu {
@@ -93,10 +93,6 @@ void grad_weight_direct(const Kernels& k, const Image& x, const Image& dz, const
 
 // ---- Winograd ----
 
-size_t bytes_of(DType dtype) {
-  return dtype == DType::f32 ? 4 : 2;
-}
-
 struct Sizes {
   int64_t v_row, v_position, m_position; // floats
   int64_t v, u, m;                       // V of plan.tiles tiles; U and M of one block of output channels
@@ -108,46 +104,8 @@ struct Sizes {
 
 // Channels [begin, end) of the input.
 Filters input_channels(const Filters& w, int64_t begin, int64_t end) {
-  const int64_t bytes = begin * w.stride_in * int64_t(bytes_of(w.dtype));
+  const int64_t bytes = begin * w.stride_in * bytes_of(w.dtype);
   return {w.dtype, w.out, end - begin, static_cast<const char*>(w.data) + bytes, w.stride_out, w.stride_in, w.stride_r, w.stride_s};
-}
-
-// The filters of one output channel from input channel c on; nothing where they do not lie together in memory.
-Soon output_filters(const Filters& w, int64_t k, int64_t c, int64_t count) {
-  const int64_t size = bytes_of(w.dtype), end = std::min(c + count, w.in);
-  if (k >= w.out || end <= c || w.stride_in != 9 || w.stride_s != 1) return {};
-  return {static_cast<const char*>(w.data) + (k * w.stride_out + c * w.stride_in) * size, (end - c) * 9 * size};
-}
-
-// Asks for the lines that a block of output channels of one tile will be written to. A store that misses the caches waits for its
-// line, in order; the products hide that wait.
-void prefetch_output(const Kernels& k, const Output& out, const Tile& tile, int64_t block) {
-  if (out.stream) return;
-  const int64_t side = out.pool ? 2 : 4, height = out.pool ? out.h / 2 : out.h, width = out.pool ? out.w / 2 : out.w;
-  const int64_t size = bytes_of(out.dtype), h_end = std::min(side * (tile.row + 1), height),
-                w_end = std::min(side * (tile.col + 1), width);
-  for (int64_t h = side * tile.row; h < h_end; ++h)
-    for (int64_t w = side * tile.col; w < w_end; ++w) {
-      const char* p = static_cast<const char*>(out.data) + (((tile.n * height + h) * width + w) * out.c + block * k.block) * size;
-      __builtin_prefetch(p, 1);
-      if (k.block * size > 64) __builtin_prefetch(p + 64, 1);
-    }
-}
-
-// Asks for the pixels of a tile that its left neighbour does not also read.
-void prefetch_input(const Image& x, const Tile& tile) {
-  const int64_t side = x.kind == ImageKind::pooled ? 2 : 4, halo = side / 4, size = bytes_of(x.dtype);
-  const int64_t height = x.kind == ImageKind::pooled ? x.h / 2 : x.h, width = x.kind == ImageKind::pooled ? x.w / 2 : x.w;
-  const int64_t h_end = std::min(side * (tile.row + 1) + halo, height), w_end = std::min(side * (tile.col + 1) + halo, width);
-  for (int64_t h = std::max<int64_t>(side * tile.row - halo, 0); h < h_end; ++h)
-    for (int64_t w = side * tile.col + halo; w < w_end; ++w)
-      for (int64_t c = 0; c < x.c; c += 64 / size) {
-        __builtin_prefetch(static_cast<const char*>(x.data) + (tile.n * x.stride_n + h * x.stride_h + w * x.stride_w + c) * size, 0,
-                           2);
-        if (x.y)
-          __builtin_prefetch(
-              static_cast<const char*>(x.y) + (tile.n * x.y_stride_n + h * x.y_stride_h + w * x.y_stride_w + c) * size, 0, 2);
-      }
 }
 
 // M = V U of one point, or += with `add`, for those of the tiles that have it.
@@ -158,6 +116,13 @@ void multiply(const Kernels& k, const TileRange& tiles, int point, const Points&
   if (some.count() > 0) k.winograd_multiply(v.from(from), some.count(), in, u, m.from(from), point, add, soon);
 }
 
+// U of all blocks. One larger than the caches would be read into them, line by line, only to be overwritten.
+void all_filters(const Kernels& k, const Filters& w, int64_t size, float* u, const Parallel& parallel) {
+  const int64_t blocks = ceil_div(w.out, k.block);
+  const bool stream = blocks * size * int64_t(sizeof(float)) >= 16 << 20;
+  parallel(blocks, [&](int64_t b) { k.winograd_filters(w, b, u + b * size, stream); });
+}
+
 // A thread takes groups of tiles through input transform, products and output transform.
 bool forward_tile_fused(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* u,
                         const Parallel& parallel) {
@@ -165,7 +130,7 @@ bool forward_tile_fused(const Kernels& k, const Plan& plan, const Image& x, cons
   const TileGrid grid = tile_grid(x.n, x.h, x.w, plan.edges);
   const int64_t blocks = ceil_div(w.out, k.block), job_tiles = plan.tiles * plan.groups;
   std::atomic<bool> finite{true};
-  parallel(blocks, [&](int64_t b) { k.winograd_filters(w, b, u + b * size.u); });
+  all_filters(k, w, size.u, u, parallel);
   parallel(ceil_div(grid.count(), job_tiles), [&](int64_t job) {
     const Points v{scratch(size.v + size.m), size.v_row, size.v_position}, m{v.data + size.v, k.block, size.m_position};
     const int64_t job_end = std::min((job + 1) * job_tiles, grid.count());
@@ -176,9 +141,7 @@ bool forward_tile_fused(const Kernels& k, const Plan& plan, const Image& x, cons
       for (int64_t b = 0; b < blocks; ++b) {
         for (int i = 0; i < 36; ++i) {
           for (int64_t t = i * count / 36; t < (i + 1) * count / 36; ++t) prefetch_output(k, out, grid.at(begin + t), b);
-          const int64_t step = b * 36 + i;
-          for (int64_t t = step * ahead / steps; t < (step + 1) * ahead / steps; ++t) prefetch_input(x, grid.at(tiles.end + t));
-          multiply(k, tiles, i, v, x.c, u + b * size.u, m);
+          multiply(k, tiles, i, v, x.c, u + b * size.u, m, false, input_piece(x, grid, tiles.end, ahead, b * 36 + i, steps));
         }
         if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
       }
@@ -210,7 +173,7 @@ bool forward_channels_split(const Kernels& k, const Plan& plan, const Image& x, 
     float* u = m.data + size.m;
     for (int64_t c = 0; c < x.c; c += plan.depth) {
       const int64_t end = std::min(c + plan.depth, x.c);
-      k.winograd_filters(input_channels(w, c, end), b, u);
+      k.winograd_filters(input_channels(w, c, end), b, u, false);
       // The filters that this thread is likely to need next: of the next channels, or of the block that no other thread has begun.
       const bool last = end == x.c;
       const int64_t next = last ? b + plan.groups : b;
@@ -233,7 +196,7 @@ bool forward_points_split(const Kernels& k, const Plan& plan, const Image& x, co
   float *u = workspace + size.v, *all_m = u + blocks * size.u;
   const auto m = [&](int64_t b) { return Points{all_m + b * size.m, k.block, size.m_position}; };
   std::atomic<bool> finite{true};
-  parallel(blocks, [&](int64_t b) { k.winograd_filters(w, b, u + b * size.u); });
+  all_filters(k, w, size.u, u, parallel);
   for (int64_t begin = 0; begin < grid.count(); begin += plan.tiles) {
     const TileRange tiles{grid, begin, std::min(begin + plan.tiles, grid.count())};
     const int64_t count = tiles.end - tiles.begin, shares = ceil_div(count, share);

@@ -1,11 +1,5 @@
 // An ISA's kernels by storage type, as one table. Only here does a dtype become a template argument.
 
-template <class Body>
-static inline auto with_type(DType dtype, const Body& body) {
-  if (dtype == DType::f32) return body((float*)nullptr);
-  if (dtype == DType::bf16) return body((BFloat16*)nullptr);
-  return body((Float16*)nullptr);
-}
 #define VGGFAST_TYPED(dtype, call)                                                                                                 \
   with_type(dtype, [&](auto* type) {                                                                                               \
     using T = std::remove_pointer_t<decltype(type)>;                                                                               \
@@ -21,7 +15,9 @@ static constexpr Kernels table = {
     [](const Image& dz, const TileRange& tiles, int64_t begin, int64_t end, const Points& z, float* bias) {
       VGGFAST_TYPED(dz.dtype, winograd_grad_output<T>(dz, tiles, begin, end, z, bias));
     },
-    [](const Filters& w, int64_t block, float* u) { VGGFAST_TYPED(w.dtype, winograd_filters<T>(w, block, u)); },
+    [](const Filters& w, int64_t block, float* u, bool stream) {
+      VGGFAST_TYPED(w.dtype, winograd_filters<T>(w, block, u, stream));
+    },
     winograd_multiply,
     [](const Points& m, const TileRange& tiles, int64_t block, const Output& out) {
       return VGGFAST_TYPED(out.dtype, winograd_output<T>(m, tiles, block, out));
@@ -41,9 +37,15 @@ static constexpr Kernels table = {
     [](const Image& x, const Image& dz, int64_t begin, int64_t end, float* sum, double* bias, float* scratch) {
       VGGFAST_TYPED(x.dtype, direct_grad_rows<T>(x, dz, begin, end, sum, bias, scratch));
     },
-    linear<>,
-    linear_grad_input,
-    linear_grad_weight,
+    [](const Linear& l, const float* x, int64_t begin, int64_t end, float* y) {
+      VGGFAST_TYPED(l.dtype, linear<T>(l, x, begin, end, y));
+    },
+    [](const Linear& l, const float* grad, int64_t begin, int64_t end, float* dx) {
+      VGGFAST_TYPED(l.dtype, linear_grad_input<T>(l, grad, begin, end, dx));
+    },
+    [](const Linear& l, const float* x, const float* grad, int64_t begin, int64_t end, void* dw) {
+      VGGFAST_TYPED(l.dtype, linear_grad_weight<T>(l, x, grad, begin, end, (T*)dw));
+    },
     [](const Image& x, const Output& out, int64_t begin, int64_t end) {
       VGGFAST_TYPED(x.dtype, max_pool_rows<T>(x, out, begin, end));
     },

@@ -176,6 +176,7 @@ static void winograd_grad_output(const Image& dz, const TileRange& tiles, int64_
 }
 
 // G g G^T of a vector of filters; tap (i, j) is at taps + (3 * i + j) * tap.
+template <bool stream>
 static inline void filter_tile(const float* taps, int tap, float* u, int64_t position) {
   Vec half[6][3];
 #pragma GCC unroll 3
@@ -191,13 +192,17 @@ static inline void filter_tile(const float* taps, int tap, float* u, int64_t pos
     Vec points[6];
     filter_1d(half[i], points);
 #pragma GCC unroll 6
-    for (int j = 0; j < 6; ++j, u += position) points[j].store(u);
+    for (int j = 0; j < 6; ++j, u += position)
+      if constexpr (stream)
+        points[j].stream(u);
+      else
+        points[j].store(u);
   }
 }
 
 // U[36][in][kBlock] of one block of output channels, zero past the last one.
-template <class T>
-static void winograd_filters(const Filters& w, int64_t block, float* u) {
+template <class T, bool stream>
+static void transform_filters(const Filters& w, int64_t block, float* u) {
   const int64_t k0 = block * kBlock, lanes = w.out - k0 < kBlock ? w.out - k0 : kBlock, position = filters_position(w.in, kBlock);
   int64_t c = 0;
   if (lanes == kBlock && channels_together(w)) {
@@ -205,14 +210,22 @@ static void winograd_filters(const Filters& w, int64_t block, float* u) {
     for (; c + Vec::width <= w.in; c += Vec::width)
       for (int v = 0; v < kBlock; v += Vec::width) {
         gather_channels<T>(w, k0 + v, c, taps);
-        for (int i = 0; i < Vec::width; ++i) filter_tile(taps + i * 9 * Vec::width, Vec::width, u + (c + i) * kBlock + v, position);
+        for (int i = 0; i < Vec::width; ++i)
+          filter_tile<stream>(taps + i * 9 * Vec::width, Vec::width, u + (c + i) * kBlock + v, position);
       }
   }
   alignas(64) Taps taps = {};
   for (; c < w.in; ++c) {
     gather_taps<T>(w, k0, lanes, c, taps);
-    for (int v = 0; v < kBlock; v += Vec::width) filter_tile(taps[0] + v, kBlock, u + c * kBlock + v, position);
+    for (int v = 0; v < kBlock; v += Vec::width) filter_tile<stream>(taps[0] + v, kBlock, u + c * kBlock + v, position);
   }
+}
+
+template <class T>
+static void winograd_filters(const Filters& w, int64_t block, float* u, bool stream) {
+  if (!stream || Vec::width < 16) return transform_filters<T, false>(w, block, u); // parts of lines would be written one by one
+  transform_filters<T, true>(w, block, u);
+  fence_streams();
 }
 
 // M[point][tiles][kBlock] = V U, or += V U with `add`, for one block of output channels.
