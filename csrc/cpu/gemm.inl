@@ -26,6 +26,12 @@ struct StartAtZero {
   Vec operator()(int64_t, int) const { return Vec::zero(); }
 };
 
+static inline void multiply_row(float a, const Vec (&channels)[kVecs], Vec (&acc)[kVecs]) {
+  const Vec x = Vec::set(a);
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; ++v) acc[v] = fma(x, channels[v], acc[v]);
+}
+
 template <int rows, class Start, class Finish>
 static void multiply_rows(const Product& p, int64_t first_row, const Start& start, const Finish& finish) {
   Vec acc[rows][kVecs];
@@ -36,10 +42,12 @@ static void multiply_rows(const Product& p, int64_t first_row, const Start& star
   const float* ahead = p.a + first_row * p.a_row + p.ahead;
   const char* later = p.later + first_row * p.later_row;
   const int64_t later_step = rows * p.later_row / p.depth;
+  const float *a = nullptr, *b = nullptr;
   for (int s = 0; s < p.segments; ++s) {
-    const float* a = p.a + first_row * p.a_row + s * p.a_segment;
-    const float* b = p.b + s * p.b_segment;
-    for (int64_t d = 0; d < p.depth; ++d, a += p.a_depth, b += p.b_depth) {
+    a = p.a + first_row * p.a_row + s * p.a_segment;
+    b = p.b + s * p.b_segment;
+    const int64_t steps = s + 1 < p.segments ? p.depth : p.depth - 1;
+    for (int64_t d = 0; d < steps; ++d, a += p.a_depth, b += p.b_depth) {
       Vec channels[kVecs];
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) channels[v] = Vec::load(b + v * Vec::width);
@@ -50,15 +58,18 @@ static void multiply_rows(const Product& p, int64_t first_row, const Start& star
       __builtin_prefetch(later, 0, 2);
       later += later_step;
 #pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) {
-        const Vec x = Vec::set(a[r * p.a_row]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(x, channels[v], acc[r][v]);
-      }
+      for (int r = 0; r < rows; ++r) multiply_row(a[r * p.a_row], channels, acc[r]);
     }
   }
+  // The last step by itself, each row finished at once: stores take twice as long as products, and would come all together.
+  Vec channels[kVecs];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; ++v) channels[v] = Vec::load(b + v * Vec::width);
 #pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) finish(first_row + r, acc[r]);
+  for (int r = 0; r < rows; ++r) {
+    multiply_row(a[r * p.a_row], channels, acc[r]);
+    finish(first_row + r, acc[r]);
+  }
 }
 
 template <int rows, class Start, class Finish>

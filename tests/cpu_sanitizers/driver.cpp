@@ -249,24 +249,28 @@ private:
 int64_t Layer::calls = 0;
 
 // The three kernels of a fully connected layer, whole and cut in two.
-void run_linear(const Kernels& k, int64_t rows, int64_t in, int64_t out) {
-  const int64_t columns = round_up(in, k.width);
-  Buffer x(rows * columns * 4, 64), weight(out * in * 4, 4), bias(out * 4, 4), y(rows * out * 4, 4);
-  Buffer grad((out + kLinearPadding) * rows * 4, 4), dx(rows * in * 4, 4), dw(out * in * 4, 64);
-  for (const Buffer* b : {&x, &weight, &bias, &grad})
+void run_linear(const Kernels& k, DType dtype, int64_t rows, int64_t in, int64_t out) {
+  const int64_t columns = round_up(in, k.width), size = size_of(dtype);
+  Buffer x(rows * columns * 4, 64), weight(out * in * size, size), bias(out * 4, 4), y(rows * out * 4, 4);
+  Buffer grad((out + kLinearPadding) * rows * 4, 4), dx(rows * kLinearColumns * 4, 4), dw(out * in * size, 64);
+  for (const Buffer* b : {&x, &bias, &grad})
     for (size_t i = 0; i < b->bytes() / 4; ++i) b->as<float>()[i] = 1.f;
-  const Linear l{rows, in, out, weight.as<float>(), in, rows > 1 ? bias.as<float>() : nullptr, true};
+  for (int64_t i = 0; i < out * in; ++i) put(weight.as<void>(), dtype, i, 1.f);
+  const Linear l{rows, in, out, dtype, weight.as<void>(), in, rows > 1 ? bias.as<float>() : nullptr, true};
   for (int64_t begin = 0; begin < out; begin += out / 2 + 1) {
     const int64_t end = std::min(begin + out / 2 + 1, out);
     if (rows <= kLinearRows) k.linear(l, x.as<float>(), begin, end, y.as<float>());
-    k.linear_grad_weight(l, x.as<float>(), grad.as<float>(), begin, end, dw.as<float>());
+    k.linear_grad_weight(l, x.as<float>(), grad.as<float>(), begin, end, dw.as<void>());
   }
-  for (int64_t begin = 0; begin < in; begin += kLinearColumns)
-    k.linear_grad_input(l, grad.as<float>(), begin, std::min(begin + kLinearColumns, in), dx.as<float>());
-  for (int64_t i = 0; i < rows * in; ++i)
-    if (dx.as<float>()[i] != float(out)) abort();
+  for (int64_t begin = 0; begin < in; begin += kLinearColumns) {
+    const int64_t end = std::min(begin + kLinearColumns, in);
+    k.linear_grad_input(l, grad.as<float>(), begin, end, dx.as<float>());
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < end - begin; ++i)
+        if (dx.as<float>()[r * kLinearColumns + i] != float(out)) abort();
+  }
   for (int64_t i = 0; i < out * in; ++i)
-    if (dw.as<float>()[i] != float(rows)) abort();
+    if (get(dw.as<void>(), dtype, i) != float(rows)) abort();
   for (int64_t i = 0; rows <= kLinearRows && i < rows * out; ++i)
     if (y.as<float>()[i] != float(in + (rows > 1))) abort();
   Layer::calls += 5;
@@ -302,7 +306,7 @@ int main(int count, char** arguments) {
         if (k.amx_rows && dtype != DType::bf16) continue; // the rest is avx512's
         if (few && (where != Place::heap || dtype != DType::f32 || problem.n * problem.h < 13)) continue;
         place = where, threads = where == Place::page_begin ? 1 : 3;
-        if (dtype == DType::f32) run_linear(k, 1 + problem.in % max_linear_rows, 9 * problem.in, problem.out);
+        run_linear(k, dtype, 1 + problem.in % max_linear_rows, 9 * problem.in, problem.out);
         Layer layer(k, dtype, problem);
         for (const bool relu : {false, true})
           for (const bool pool : {false, true}) layer.run(relu, pool);
