@@ -52,6 +52,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_plan", &cpu::describe_plan, pybind11::arg("which"), pybind11::arg("n"), pybind11::arg("c_in"), pybind11::arg("c_out"),
         pybind11::arg("h"), pybind11::arg("w"), pybind11::arg("dtype") = "float32",
         "The plan of 'forward', 'grad_input' or 'grad_weight' for a CPU, in words.");
+  m.def("fma_peak", &cpu::fma_peak, pybind11::arg("seconds") = 0.4, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "The best fp32 GFLOP/s of multiply-adds in registers, by the instruction set in use, on all of torch's threads.");
 #ifdef VGGFAST_CUDA
   m.def("cuda_plan", &vggfast::cuda::describe_plan, pybind11::arg("which"), pybind11::arg("n"), pybind11::arg("c_in"),
         pybind11::arg("c_out"), pybind11::arg("h"), pybind11::arg("w"), pybind11::arg("pool"), pybind11::arg("dtype"),

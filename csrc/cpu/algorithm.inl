@@ -11,4 +11,5 @@ static constexpr int kBlock = kVecs * Vec::width;
 #include "cpu/direct.inl"
 #include "cpu/pool.inl"
 #include "cpu/linear.inl"
+#include "cpu/peak.inl"
 #include "cpu/table.inl"

@@ -69,6 +69,8 @@ struct Kernels {
   void (*max_pool_rows)(const Image&, const Output&, int64_t begin, int64_t end);         // rows of N * H/2
   void (*max_pool_grad_rows)(const Image& dz, const Output&, int64_t begin, int64_t end); // rows of N * H
 
+  int64_t (*fma_loop)(int64_t steps, float* out); // how many operations it did; `out` holds 16 floats, two of them read
+
   // Only with AMX's tile registers, for bfloat16; else null. Blocks [begin, end) of the output channels.
   void (*amx_filters)(const Filters&, int64_t block, BFloat16* packed) = nullptr;
   void (*amx_rows)(const Image&, const BFloat16* packed, const Output&, int64_t n, int64_t h_begin, int64_t h_end, int64_t begin,

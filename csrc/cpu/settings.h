@@ -16,4 +16,7 @@ void set_conv_algo(const std::string& name);
 std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w,
                           const std::string& dtype);
 
+// Fp32 GFLOP/s of multiply-adds in registers on all of torch's threads at once: the best of the rounds that fit into `seconds`.
+double fma_peak(double seconds);
+
 } // namespace vggfast::cpu

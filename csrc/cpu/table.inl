@@ -52,5 +52,6 @@ static constexpr Kernels table = {
     [](const Image& dz, const Output& out, int64_t begin, int64_t end) {
       VGGFAST_TYPED(dz.dtype, max_pool_grad_rows<T>(dz, out, begin, end));
     },
+    fma_loop,
 };
 #undef VGGFAST_TYPED
