@@ -64,7 +64,7 @@ def test_pooled_outputs_larger_than_the_caches(isa: str, algo: str, c_out: int) 
 
 
 # Schedule, channels, and threads with which it is taken for a few small images.
-SCHEDULES = {"tile-fused": (20, 40, 2), "output channels split": (64, 72, 1), "points split": (1024, 17, 16)}
+SCHEDULES = {"tile-fused": (20, 40, 2), "output channels split": (64, 72, 1), "tiles split": (1024, 17, 16)}
 # Images, height, width: each remainder of four in either dimension. F(2) takes those of 1 and 2.
 EDGES = [
     (3, 14, 14),
@@ -104,10 +104,14 @@ def test_images_that_end_within_a_tile(isa: str, schedule: str, size: tuple[int,
         check_against_float64(x, weight, bias, grad, relu=True, pool=pool, algo="winograd")
 
 
-def test_images_that_end_within_a_tile_in_several_chunks(isa: str) -> None:
+@pytest.mark.parametrize(("threads", "schedule"), [(16, "tiles split"), (2, "tile-fused")])
+def test_images_that_end_within_a_tile_in_several_chunks(isa: str, threads: int, schedule: str) -> None:
     """144 tiles in two chunks: the last column's, whole ones and the last row's meet the cut at other places."""
-    c_in, c_out = use_schedule("points split", 9, 14, 14)
-    assert "tiles 72" in _C.cpu_plan("forward", 9, c_in, c_out, 14, 14)
+    c_in, c_out = use_schedule("tiles split", 9, 14, 14)
+    torch.set_num_threads(threads)
+    plan = _C.cpu_plan("forward", 9, c_in, c_out, 14, 14)
+    assert schedule in plan
+    assert "tiles 72" in plan
     x, weight, bias = problem(9, c_in, c_out, 14, 14)
     exact = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     y = ops.conv3x3(x, weight, bias, relu=False)

@@ -17,9 +17,10 @@ struct Machine {
 
 // How Winograd's steps (V of the input, M = V U, Y of M; in grad_weight Z of the gradients, S = V^T Z) are shared out.
 enum class Schedule {
-  tile_fused,     // a thread takes `tiles` tiles through all three steps; V and M stay in its L2
+  tile_fused,     // a thread takes `tiles` tiles through all three steps; M stays in its L2, and V where it fits
   channels_split, // V of all tiles is shared; a thread takes a block of output channels, and makes U of `depth` channels at a time
-  points_split,   // V (and Z) of `tiles` tiles is shared; threads take points, then output tiles
+  chunks_split,   // V of `tiles` tiles is shared; a thread takes a block of output channels of one of `splits` parts of them
+  points_split,   // grad_weight: V and Z of `tiles` tiles are shared; threads take points and blocks of output channels
   outputs_split   // grad_weight: a thread takes one of `groups` parts of the tiles and one of `splits` ranges of output channels
 };
 
@@ -33,7 +34,7 @@ struct Plan {
   // Direct and AMX: output rows a thread takes at once.
   int64_t band;
   const char* reason;
-  int64_t splits = 1; // outputs-split, AMX: ranges of output channels
+  int64_t splits = 1; // outputs-split, AMX: ranges of output channels; chunks-split: parts of the tiles
   Edges edges = {};   // forward and grad_input
 };
 
@@ -49,7 +50,8 @@ inline std::string to_string(const Plan& p) {
   if (p.algorithm == Algorithm::amx)
     return "direct on AMX tiles, bands of " + std::to_string(p.band) + " rows" +
            (p.splits > 1 ? ", output channels in " + std::to_string(p.splits) + " ranges: " : ": ") + p.reason;
-  const char* schedules[] = {"tile-fused", "V shared, output channels split", "V shared, points split", "outputs split"};
+  const char* schedules[] = {"tile-fused", "V shared, output channels split", "V shared, output channels and tiles split",
+                             "V shared, points split", "outputs split"};
   return "winograd F(4x4,3x3)" + to_string(p.edges) + ", " + schedules[int(p.schedule)] + ", tiles " + std::to_string(p.tiles) +
          ": " + p.reason;
 }
@@ -103,7 +105,7 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
   if (direct) return plan_direct(in, h, w, direct);
   const int64_t tiles = tile_grid(n, h, w).count();
   const Edges edges = edges_of(h, w);
-  const int64_t v_bytes = 36 * 4 * points_row(in, m) * m.rows; // of one row block of tiles
+  const int64_t v_bytes = 36 * 4 * points_row(in, m) * m.rows, u_bytes = 36 * 4 * in * round_up(out, m.block);
   if (tiles <= 128 && in >= 64 && ceil_div(out, m.block) >= m.threads)
     return {Algorithm::winograd,
             Schedule::channels_split,
@@ -114,10 +116,15 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
             "few tiles: filters are made where they are used",
             1,
             edges};
-  if (v_bytes > 768 * 1024) {
-    const int64_t chunks = ceil_div(tiles, 131); // V of a point and chunk stays in L2 beside a block's U
-    const char* reason = "V of one row block of tiles exceeds L2";
-    return {Algorithm::winograd, Schedule::points_split, ceil_div(tiles, chunks), in, 1, 0, reason, 1, edges};
+  // V of a row block of tiles beyond L2, or U beyond what L3 keeps: U is then read once for as many tiles as M of a block of output
+  // channels stays in L2 for.
+  if (v_bytes > 768 * 1024 || u_bytes >= 16 << 20) {
+    const int64_t passes = ceil_div(tiles, 131), of_thread = ceil_div(tiles, round_up(passes, m.threads));
+    if (of_thread >= 2 * m.rows)
+      return {Algorithm::winograd, Schedule::tile_fused, of_thread, in, 1, 0, "few passes over so many filters", 1, edges};
+    const int64_t parts = ceil_div(4 * m.threads, ceil_div(out, m.block));
+    const char* reason = "few passes over so many filters, by many threads";
+    return {Algorithm::winograd, Schedule::chunks_split, ceil_div(tiles, passes), in, 1, 0, reason, parts, edges};
   }
   const int64_t groups = std::clamp<int64_t>(tiles / m.rows / (8 * m.threads), 1, 8);
   return {Algorithm::winograd, Schedule::tile_fused, m.rows, in, groups, 0, "V and M of a group of tiles stay in L2", 1, edges};

@@ -186,31 +186,27 @@ bool forward_channels_split(const Kernels& k, const Plan& plan, const Image& x, 
   return finite;
 }
 
-// Chunk by chunk of tiles, all threads make V, then M point by point (a point's V stays in L2 while its U streams past), then Y.
-bool forward_points_split(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* workspace,
+// U is made once; then, chunk by chunk of tiles, all threads make V, and each takes blocks of output channels of a part of the
+// chunk, whose M stays in its L2 while U and V stream past.
+bool forward_chunks_split(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* workspace,
                           const Parallel& parallel) {
   const Sizes size(k, plan, x.c);
   const TileGrid grid = tile_grid(x.n, x.h, x.w, plan.edges);
-  const int64_t blocks = ceil_div(w.out, k.block), share = 16, parts = std::min<int64_t>(blocks, 4);
+  const int64_t blocks = ceil_div(w.out, k.block);
   const Points v{workspace, size.v_row, size.v_position};
-  float *u = workspace + size.v, *all_m = u + blocks * size.u;
-  const auto m = [&](int64_t b) { return Points{all_m + b * size.m, k.block, size.m_position}; };
+  float* u = workspace + size.v;
   std::atomic<bool> finite{true};
   all_filters(k, w, size.u, u, parallel);
   for (int64_t begin = 0; begin < grid.count(); begin += plan.tiles) {
     const TileRange tiles{grid, begin, std::min(begin + plan.tiles, grid.count())};
-    const int64_t count = tiles.end - tiles.begin, shares = ceil_div(count, share);
     shared_input(k, x, tiles, v, parallel);
-    parallel(36 * parts, [&](int64_t job) {
-      const int point = int(job / parts);
-      const int64_t part = job % parts;
-      for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b)
-        multiply(k, tiles, point, v, x.c, u + b * size.u, m(b));
-    });
-    parallel(blocks * shares, [&](int64_t job) {
-      const int64_t b = job / shares, from = job % shares * share, to = std::min(from + share, count);
-      if (!k.winograd_output(m(b).from(from), {grid, begin + from, begin + to}, b, out))
-        finite.store(false, std::memory_order_relaxed);
+    parallel(blocks * plan.splits, [&](int64_t job) {
+      const int64_t b = job / plan.splits, part = job % plan.splits, count = tiles.count();
+      const int64_t from = count * part / plan.splits;
+      const TileRange some{grid, begin + from, begin + count * (part + 1) / plan.splits};
+      const Points m{scratch(size.m), k.block, size.m_position};
+      for (int i = 0; i < 36; ++i) multiply(k, some, i, v.from(from), x.c, u + b * size.u, m);
+      if (!k.winograd_output(m, some, b, out)) finite.store(false, std::memory_order_relaxed);
     });
   }
   return finite;
@@ -327,7 +323,7 @@ int64_t forward_workspace(const Kernels& k, const Plan& plan, const Image& x, co
   const Sizes size(k, plan, x.c);
   if (plan.schedule == Schedule::tile_fused) return std::max(ceil_div(w.out, k.block) * size.u, direct);
   if (plan.schedule == Schedule::channels_split) return std::max(size.v, direct);
-  return std::max(size.v + ceil_div(w.out, k.block) * (size.u + size.m), direct);
+  return std::max(size.v + ceil_div(w.out, k.block) * size.u, direct);
 }
 
 void forward(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* workspace,
@@ -336,7 +332,7 @@ void forward(const Kernels& k, const Plan& plan, const Image& x, const Filters& 
   if (plan.algorithm == Algorithm::winograd) {
     const auto run = plan.schedule == Schedule::tile_fused       ? forward_tile_fused
                      : plan.schedule == Schedule::channels_split ? forward_channels_split
-                                                                 : forward_points_split;
+                                                                 : forward_chunks_split;
     if (run(k, plan, x, w, out, workspace, parallel)) return;
   }
   forward_direct(k, plan.algorithm == Algorithm::direct ? plan : plan_direct(x.c, x.h, x.w, "Inf or NaN"), x, w, out, workspace,

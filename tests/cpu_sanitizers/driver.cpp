@@ -133,7 +133,7 @@ std::vector<Plan> plans(DType dtype, const Problem& p, int64_t in, int64_t out, 
   all.push_back(choose_plan(dtype, p.n, in, out, p.h, p.w, m, Algorithm::automatic));
   all.push_back({Algorithm::winograd, Schedule::tile_fused, m.rows, in, 2, 0, "driver", 1, edges});
   all.push_back({Algorithm::winograd, Schedule::channels_split, tiles, std::min<int64_t>(in, 24), 1, 0, "driver", 1, edges});
-  all.push_back({Algorithm::winograd, Schedule::points_split, ceil_div(tiles, 2), in, 1, 0, "driver", 1, edges});
+  all.push_back({Algorithm::winograd, Schedule::chunks_split, ceil_div(tiles, 2), in, 1, 0, "driver", 2, edges});
   return all;
 }
 
