@@ -20,7 +20,8 @@ def test_vgg16_on_224_pixels_is_the_plain_model():
         scores, expected = to_dense(model)(x), model(x)
     assert scores.shape == (1, 10, 1, 1)
     assert expected.std() > 1e-3
-    torch.testing.assert_close(scores.flatten(1), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+    # Three layers, whose sums of up to 25,088 products the two add up in different orders.
+    torch.testing.assert_close(scores.flatten(1), expected, rtol=1e-5, atol=5e-6 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize(("size", "shape"), [(224, (1, 2)), (160, (3, 4)), (32, (7, 8)), (256, (1, 1))])
