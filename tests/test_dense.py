@@ -22,6 +22,11 @@ def test_vgg16_on_224_pixels_is_the_plain_model():
     assert expected.std() > 1e-3
     # Three layers, whose sums of up to 25,088 products the two add up in different orders.
     torch.testing.assert_close(scores.flatten(1), expected, rtol=1e-5, atol=5e-6 * expected.abs().max().item())
+    with torch.no_grad():
+        exact = model.double()(x.double())
+    errors = [(y.flatten(1) - exact).norm() / exact.norm() for y in (scores, expected)]
+    assert errors[0] <= 2 * errors[1]
+    assert errors[1] < 3e-6
 
 
 @pytest.mark.parametrize(("size", "shape"), [(224, (1, 2)), (160, (3, 4)), (32, (7, 8)), (256, (1, 1))])

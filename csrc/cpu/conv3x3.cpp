@@ -78,14 +78,10 @@ Filters mirrored(const Filters& w) {
 std::vector<float> bias_values(const MaybeTensor& bias) {
   if (!bias) return {};
   std::vector<float> values(round_up(bias->size(0), 64), 0.f);
-  const char* p = static_cast<const char*>(bias->const_data_ptr());
-  const DType dtype = dtype_of(*bias);
-  for (int64_t i = 0; i < bias->size(0); ++i) {
-    const int64_t at = i * bias->stride(0);
-    values[i] = dtype == DType::f32    ? to_float(reinterpret_cast<const float*>(p)[at])
-                : dtype == DType::bf16 ? to_float(reinterpret_cast<const BFloat16*>(p)[at])
-                                       : to_float(reinterpret_cast<const Float16*>(p)[at]);
-  }
+  with_type(dtype_of(*bias), [&](auto* type) {
+    const auto* p = static_cast<const std::remove_pointer_t<decltype(type)>*>(bias->const_data_ptr());
+    for (int64_t i = 0; i < bias->size(0); ++i) values[i] = to_float(p[i * bias->stride(0)]);
+  });
   return values;
 }
 

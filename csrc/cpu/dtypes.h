@@ -43,7 +43,7 @@ static inline int64_t bytes_of(DType dtype) {
   return dtype == DType::f32 ? 4 : 2;
 }
 
-// body of a null pointer to the type that has that name.
+// body(a null pointer to the type that `dtype` names).
 template <class Body>
 static inline auto with_type(DType dtype, const Body& body) {
   if (dtype == DType::f32) return body((float*)nullptr);

@@ -80,9 +80,9 @@ void grad_weight_direct(const Kernels& k, const Image& x, const Image& dz, const
     k.direct_grad_rows(x, dz, rows * part / parts, rows * (part + 1) / parts, sum, bias_sum, scratch(floats));
   });
   parallel(9 * x.c, [&](int64_t tap_c) {
-    if (dw.dtype == DType::f32) store_grad_filters<float>(sums, parts, part_size, padded, tap_c, dw);
-    if (dw.dtype == DType::bf16) store_grad_filters<BFloat16>(sums, parts, part_size, padded, tap_c, dw);
-    if (dw.dtype == DType::f16) store_grad_filters<Float16>(sums, parts, part_size, padded, tap_c, dw);
+    with_type(dw.dtype, [&](auto* type) {
+      store_grad_filters<std::remove_pointer_t<decltype(type)>>(sums, parts, part_size, padded, tap_c, dw);
+    });
   });
   for (int64_t c = 0; c < dz.c; ++c) {
     double sum = 0;
