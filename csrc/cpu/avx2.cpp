@@ -11,6 +11,7 @@
 #pragma GCC target("avx2,fma,f16c")
 namespace vggfast::cpu::avx2 {
 static constexpr int kRows = 6, kVecs = 2;
+static constexpr int kSteps = 4; // of depth at once in Winograd: 12 products leave little room for a loop's own instructions
 #define VGGFAST_ISA_NAME "avx2"
 #include "cpu/vec_avx2.h"
 

@@ -10,7 +10,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace vggfast::cpu::avx512 {
-static constexpr int kRows = 14, kVecs = 2;
+static constexpr int kRows = 14, kVecs = 2, kSteps = 1;
 #define VGGFAST_ISA_NAME "avx512"
 #include "cpu/vec_avx512.h"
 

@@ -6,7 +6,7 @@
 #include "cpu/kernels.h"
 
 namespace vggfast::cpu::baseline {
-static constexpr int kRows = 6, kVecs = 2;
+static constexpr int kRows = 6, kVecs = 2, kSteps = 1;
 #define VGGFAST_ISA_NAME "baseline"
 #include "cpu/vec_baseline.h"
 

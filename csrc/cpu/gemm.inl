@@ -29,10 +29,21 @@ struct StartAtZero {
 static inline void multiply_row(float a, const Vec (&channels)[kVecs], Vec (&acc)[kVecs]) {
   const Vec x = Vec::set(a);
 #pragma GCC unroll 4
-  for (int v = 0; v < kVecs; ++v) acc[v] = fma(x, channels[v], acc[v]);
+  for (int v = 0; v < kVecs; ++v) accumulate(acc[v], x, channels[v]);
 }
 
-template <int rows, class Start, class Finish>
+template <int rows>
+static inline void multiply_step(const Product& p, const float* a, const float* b, Vec (&acc)[rows][kVecs]) {
+  Vec channels[kVecs];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; ++v) channels[v] = Vec::load(b + v * Vec::width);
+  // Hardware prefetchers stop at each 4 KB; the loads have room for this.
+  for (int line = 0; line < kBlock; line += 16) __builtin_prefetch(b + kAhead * p.b_depth + line);
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) multiply_row(a[r * p.a_row], channels, acc[r]);
+}
+
+template <int rows, int at_once, class Start, class Finish>
 static void multiply_rows(const Product& p, int64_t first_row, const Start& start, const Finish& finish) {
   Vec acc[rows][kVecs];
 #pragma GCC unroll 16
@@ -41,25 +52,25 @@ static void multiply_rows(const Product& p, int64_t first_row, const Start& star
     for (int v = 0; v < kVecs; ++v) acc[r][v] = start(first_row + r, v);
   const float* ahead = p.a + first_row * p.a_row + p.ahead;
   const char* later = p.later + first_row * p.later_row;
-  const int64_t later_step = rows * p.later_row / p.depth;
+  const int64_t later_step = at_once * rows * p.later_row / p.depth;
   const float *a = nullptr, *b = nullptr;
   for (int s = 0; s < p.segments; ++s) {
     a = p.a + first_row * p.a_row + s * p.a_segment;
     b = p.b + s * p.b_segment;
     const int64_t steps = s + 1 < p.segments ? p.depth : p.depth - 1;
-    for (int64_t d = 0; d < steps; ++d, a += p.a_depth, b += p.b_depth) {
-      Vec channels[kVecs];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) channels[v] = Vec::load(b + v * Vec::width);
-      // Hardware prefetchers stop at each 4 KB; the loads have room for this.
-      for (int line = 0; line < kBlock; line += 16) __builtin_prefetch(b + kAhead * p.b_depth + line);
-      __builtin_prefetch(ahead, 0, 2);
-      ahead += p.ahead_step;
+    int64_t d = 0;
+    for (; d + at_once <= steps; d += at_once) {
       __builtin_prefetch(later, 0, 2);
       later += later_step;
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) multiply_row(a[r * p.a_row], channels, acc[r]);
+#pragma GCC unroll 4
+      for (int step = 0; step < at_once; ++step, a += p.a_depth, b += p.b_depth, ahead += p.ahead_step) {
+        __builtin_prefetch(ahead, 0, 2);
+        multiply_step<rows>(p, a, b, acc);
+        if constexpr (at_once > 1) asm volatile("" ::: "memory"); // loads moved across steps would need registers
+      }
     }
+    if constexpr (at_once > 1)
+      for (; d < steps; ++d, a += p.a_depth, b += p.b_depth) multiply_step<rows>(p, a, b, acc);
   }
   // The last step by itself, each row finished at once: stores take twice as long as products, and would come all together.
   Vec channels[kVecs];
@@ -72,20 +83,20 @@ static void multiply_rows(const Product& p, int64_t first_row, const Start& star
   }
 }
 
-template <int rows, class Start, class Finish>
+template <int rows, int at_once, class Start, class Finish>
 static inline void dispatch_rows(int count, const Product& p, int64_t first_row, const Start& start, const Finish& finish) {
-  if (count == rows) return multiply_rows<rows>(p, first_row, start, finish);
-  if constexpr (rows > 1) dispatch_rows<rows - 1>(count, p, first_row, start, finish);
+  if (count == rows) return multiply_rows<rows, at_once>(p, first_row, start, finish);
+  if constexpr (rows > 1) dispatch_rows<rows - 1, at_once>(count, p, first_row, start, finish);
 }
 
 // finish(row, acc) for every row of [0, rows), accumulators still in registers. Rows are shared out evenly over blocks, so that
-// no block is nearly empty.
-template <class Start, class Finish>
+// no block is nearly empty. Steps of depth are taken `at_once`, which pays where there are many.
+template <int at_once = 1, class Start, class Finish>
 static void for_each_row_block(int64_t rows, const Product& p, const Start& start, const Finish& finish) {
   const int64_t blocks = (rows + kRows - 1) / kRows;
   for (int64_t i = 0, begin = 0; i < blocks; ++i) {
     const int64_t end = rows * (i + 1) / blocks;
-    dispatch_rows<kRows>(int(end - begin), p, begin, start, finish);
+    dispatch_rows<kRows, at_once>(int(end - begin), p, begin, start, finish);
     begin = end;
   }
 }

@@ -73,6 +73,10 @@ static inline Vec operator*(Vec a, Vec b) {
 static inline Vec fma(Vec a, Vec b, Vec c) { // a * b + c
   return {_mm256_fmadd_ps(a.reg, b.reg, c.reg)};
 }
+// sum += a * b. Left to itself the compiler takes forms that overwrite a factor, and copies it first.
+static inline void accumulate(Vec& sum, Vec a, Vec b) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum.reg) : "x"(a.reg), "x"(b.reg));
+}
 
 // As torch: relu(NaN) = NaN and relu(-0.0) = -0.0. The instruction returns its second operand in both cases.
 static inline Vec at_least(Vec floor, Vec v) {

@@ -71,6 +71,10 @@ static inline Vec fma(Vec a, Vec b, Vec c) { // a * b + c
   return {_mm512_fmadd_ps(a.reg, b.reg, c.reg)};
 }
 
+static inline void accumulate(Vec& sum, Vec a, Vec b) { // sum += a * b
+  sum = fma(a, b, sum);
+}
+
 // As torch: relu(NaN) = NaN and relu(-0.0) = -0.0. The instruction returns its second operand in both cases.
 static inline Vec at_least(Vec floor, Vec v) {
   return {_mm512_max_ps(floor.reg, v.reg)};

@@ -78,6 +78,10 @@ static inline Mask argmax_is(uint32_t packed, int position) { // lane l compares
   const int p = int(packed);
   return (Mask{p, p >> 2, p >> 4, p >> 6} & 3) == position;
 }
+static inline void accumulate(Vec& sum, Vec a, Vec b) { // sum += a * b
+  sum = fma(a, b, sum);
+}
+
 // As torch: relu(NaN) = NaN and relu(-0.0) = -0.0.
 static inline Vec at_least(Vec floor, Vec v) {
   return select(v.reg < floor.reg, floor, v);

@@ -249,9 +249,10 @@ static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const 
     for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * m.row + k * Vec::width);
   };
   if (add)
-    for_each_row_block(tiles, product, [&](int64_t t, int k) { return Vec::load(out + t * m.row + k * Vec::width); }, finish);
+    for_each_row_block<kSteps>(
+        tiles, product, [&](int64_t t, int k) { return Vec::load(out + t * m.row + k * Vec::width); }, finish);
   else
-    for_each_row_block(tiles, product, StartAtZero(), finish);
+    for_each_row_block<kSteps>(tiles, product, StartAtZero(), finish);
 }
 
 // A^T M A of one tile and one vector of channels; point (i, j) of M is at m + (6 * i + j) * position.
@@ -272,60 +273,69 @@ static inline void output_tile(const float* m, int64_t position, Vec (&y)[height
   for (int i = 0; i < height; ++i) output_1d(half[i], y[i]);
 }
 
-// Pool and argmax of one tile and one vector of channels, from registers to memory.
+// Vectors of channels that a tile's results are stored in: a cache line where a block has one, since lines that pass the caches in
+// halves are put together in memory.
+static constexpr int kLine = Vec::width < 16 && kVecs > 1 ? 2 : 1;
+
+// Pool and argmax of one tile and up to kLine vectors of channels from k on, to memory.
 template <class T, int height, int width>
-static inline void store_tile(const Output& out, const Tile& tile, int64_t k, int lanes, const Vec (&y)[height][width]) {
+static inline void store_tile(const Output& out, const Tile& tile, int64_t k, const Vec (&y)[kLine][height][width]) {
   T* data = (T*)out.data;
   const int64_t h = 4 * tile.row, w = 4 * tile.col;
   if (out.pool) {
     const int64_t pooled_h = out.h / 2, pooled_w = out.w / 2;
     for (int i = 0; i < height / 2 && h / 2 + i < pooled_h; ++i)
       for (int j = 0; j < width / 2 && w / 2 + j < pooled_w; ++j)
-        store_pooled<T>(out, (tile.n * pooled_h + h / 2 + i) * pooled_w + w / 2 + j, k, lanes, y[2 * i][2 * j], y[2 * i][2 * j + 1],
-                        y[2 * i + 1][2 * j], y[2 * i + 1][2 * j + 1]);
+        for (int v = 0; v < kLine && k + v * Vec::width < out.c; ++v)
+          store_pooled<T>(out, (tile.n * pooled_h + h / 2 + i) * pooled_w + w / 2 + j, k + v * Vec::width,
+                          lanes_from(k + v * Vec::width, out.c), y[v][2 * i][2 * j], y[v][2 * i][2 * j + 1], y[v][2 * i + 1][2 * j],
+                          y[v][2 * i + 1][2 * j + 1]);
     return;
   }
   T* corner = data + ((tile.n * out.h + h) * out.w + w) * out.c + k;
-  if (lanes == Vec::width && h + height <= out.h && w + width <= out.w) {
+  if (k + kLine * Vec::width <= out.c && h + height <= out.h && w + width <= out.w) {
+    const auto store = [&](const auto& one) {
+#pragma GCC unroll 4
+      for (int i = 0; i < height; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < width; ++j)
+#pragma GCC unroll 4
+          for (int v = 0; v < kLine; ++v) one(y[v][i][j], corner + (i * out.w + j) * out.c + v * Vec::width);
+    };
     if constexpr (std::is_same_v<T, float>) {
-      if (out.stream) {
-#pragma GCC unroll 4
-        for (int i = 0; i < height; ++i)
-#pragma GCC unroll 4
-          for (int j = 0; j < width; ++j) y[i][j].stream(corner + (i * out.w + j) * out.c);
-        return;
-      }
+      if (out.stream) return store([](Vec value, float* p) { value.stream(p); });
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < height; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < width; ++j) y[i][j].store(corner + (i * out.w + j) * out.c);
-    return;
+    return store([](Vec value, T* p) { value.store(p); });
   }
   for (int i = 0; i < height && h + i < out.h; ++i)
-    for (int j = 0; j < width && w + j < out.w; ++j) store_lanes(y[i][j], corner + (i * out.w + j) * out.c, lanes);
+    for (int j = 0; j < width && w + j < out.w; ++j)
+      for (int v = 0; v < kLine && k + v * Vec::width < out.c; ++v)
+        store_lanes(y[v][i][j], corner + (i * out.w + j) * out.c + v * Vec::width, lanes_from(k + v * Vec::width, out.c));
 }
 
-// Y of tiles that are height x width pixels, for a vector of output channels from k on, whose M is at m.data. The result is NaN in
-// the lanes that met an Inf or NaN, else 0.
+// Y of tiles that are height x width pixels, for kLine vectors of output channels from k on, whose M is at m.data. The result is
+// NaN in the lanes that met an Inf or NaN, else 0.
 template <class T, int height, int width>
 static Vec output_region(const Points& m, const TileRange& tiles, const TileRegion& region, int64_t k, const Output& out) {
-  const int lanes = lanes_from(k, out.c);
-  const Epilogue epilogue(out, k);
   Vec spoiled = Vec::zero();
   for_each_tile(tiles, region, [&](int64_t t, const Tile& tile) {
-    Vec y[height][width], sum = Vec::zero();
-    output_tile(m.data + t * m.row, m.position, y);
+    Vec result[kLine][height][width];
 #pragma GCC unroll 4
-    for (int i = 0; i < height; ++i) {
-      Vec row = y[i][0] + y[i][1];
-      if constexpr (width == 4) row = row + (y[i][2] + y[i][3]);
-      sum = sum + row;
+    for (int v = 0; v < kLine; ++v) {
+      const Epilogue epilogue(out, k + v * Vec::width);
+      Vec y[height][width], sum = Vec::zero();
+      output_tile(m.data + t * m.row + v * Vec::width, m.position, y);
 #pragma GCC unroll 4
-      for (int j = 0; j < width; ++j) y[i][j] = epilogue(y[i][j]);
+      for (int i = 0; i < height; ++i) {
+        Vec row = y[i][0] + y[i][1];
+        if constexpr (width == 4) row = row + (y[i][2] + y[i][3]);
+        sum = sum + row;
+#pragma GCC unroll 4
+        for (int j = 0; j < width; ++j) result[v][i][j] = epilogue(y[i][j]);
+      }
+      spoiled = spoiled + (sum - sum);
     }
-    spoiled = spoiled + (sum - sum);
-    store_tile<T>(out, tile, k, lanes, y);
+    store_tile<T>(out, tile, k, result);
   });
   return spoiled;
 }
@@ -334,8 +344,10 @@ static Vec output_region(const Points& m, const TileRange& tiles, const TileRegi
 // (and may overflow where the convolution does not), so the caller then repeats the layer with the direct kernel.
 template <class T>
 static bool winograd_output(const Points& m, const TileRange& tiles, int64_t block, const Output& out) {
+  constexpr int64_t line = kLine * Vec::width;
+  static_assert(kBlock % line == 0);
   Vec spoiled = Vec::zero();
-  for (int64_t v = 0, k = block * kBlock; v < kBlock && k < out.c; v += Vec::width, k += Vec::width) {
+  for (int64_t v = 0, k = block * kBlock; v < kBlock && k < out.c; v += line, k += line) {
     const Points these{m.data + v, m.row, m.position};
     spoiled = spoiled + output_region<T, 4, 2>(these, tiles, tiles.grid.last_column(), k, out);
     spoiled = spoiled + output_region<T, 4, 4>(these, tiles, tiles.grid.whole(), k, out);
@@ -350,7 +362,7 @@ static bool winograd_output(const Points& m, const TileRange& tiles, int64_t blo
 static void winograd_accumulate(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
                                 float* s) {
   const Product product{v, 1, v_row, 0, z, z_row, 0, tiles, 1, kAhead * v_row, v_row, (const char*)v, 0};
-  for_each_row_block(in, product, StartAtZero(), [&](int64_t c, const Vec(&acc)[kVecs]) {
+  for_each_row_block<kSteps>(in, product, StartAtZero(), [&](int64_t c, const Vec(&acc)[kVecs]) {
     for (int k = 0; k < kVecs; ++k) {
       float* p = s + c * kBlock + k * Vec::width;
       (first ? acc[k] : Vec::load(p) + acc[k]).store(p);
