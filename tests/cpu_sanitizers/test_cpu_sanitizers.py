@@ -126,8 +126,8 @@ MUTATIONS = {
     ),
     "a tile stored past the last row": Mutation(
         "winograd.inl",
-        "if (lanes == Vec::width && h + height <= out.h && w + width <= out.w) {",
-        "if (lanes == Vec::width && h + height - 1 <= out.h && w + width <= out.w) {",
+        "if (k + kLine * Vec::width <= out.c && h + height <= out.h && w + width <= out.w) {",
+        "if (k + kLine * Vec::width <= out.c && h + height - 1 <= out.h && w + width <= out.w) {",
         "baseline",
         "baseline",
         "heap-buffer-overflow",
