@@ -1,7 +1,8 @@
 // Fully connected layers of few rows (a small batch): memory is the limit, so every weight is read, or written, once.
 //   rows are packed by vectors of columns: [in / width][rows][width], zero past the last column
 
-static constexpr int kSums = Vec::width == 16 ? 24 : 8; // accumulators that leave registers for the operands
+static constexpr int kSums = Vec::width == 16 ? 24 : 12; // accumulators that leave registers for the operands
+static constexpr int kBlocks = Vec::width == 16 ? 1 : 4; // of outputs that share a piece of x: where that is larger than L2
 static constexpr int kChain = 32;   // steps summed before their sum is added to the total: short chains round less
 static constexpr int kFetch = 2048; // bytes of each row of weights asked for ahead: hardware stops at each 4 KB
 
@@ -13,40 +14,54 @@ static inline float sum_of(Vec v) {
   return lanes[0];
 }
 
-// sums[o][r] = x[r] . weight[o], for `outs` rows of weights and all rows of x.
-template <class T, int outs, int rows>
-static inline void dot_rows(const Linear& l, const float* x, const T* weight, float (&sums)[outs][rows]) {
+// Rows whose sums are in registers at a time, so that each of x serves three outputs or more.
+template <int rows>
+static constexpr int kRowsAtOnce = 3 * rows > kSums ? (rows + 1) / 2 : rows;
+
+// total[o][r] += x[r] . weight[o] over the vectors [begin, end) of columns, for rows [first, last) of x.
+template <class T, int outs, int rows, int first, int last>
+static inline void add_chain(const Linear& l, const float* x, const T* weight, int64_t begin, int64_t end, Vec (*total)[rows]) {
+  Vec chain[outs][last - first];
+#pragma GCC unroll 8
+  for (int o = 0; o < outs; ++o)
+#pragma GCC unroll 8
+    for (int r = 0; r < last - first; ++r) chain[o][r] = Vec::zero();
+  for (int64_t i = begin; i < end; ++i) {
+    Vec w[outs];
+#pragma GCC unroll 8
+    for (int o = 0; o < outs; ++o) {
+      const T* p = weight + o * l.weight_row + i * Vec::width;
+      w[o] = Vec::load(p);
+      if constexpr (first == 0) __builtin_prefetch((const char*)p + kFetch);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < last - first; ++r) {
+      const Vec v = Vec::load(x + (i * rows + first + r) * Vec::width);
+#pragma GCC unroll 8
+      for (int o = 0; o < outs; ++o) chain[o][r] = fma(v, w[o], chain[o][r]);
+    }
+  }
+  for (int o = 0; o < outs; ++o)
+    for (int r = 0; r < last - first; ++r) total[o][first + r] = total[o][first + r] + chain[o][r];
+}
+
+// sums[o][r] = x[r] . weight[o], for blocks * outs rows of weights and all rows of x.
+template <class T, int blocks, int outs, int rows>
+static inline void dot_rows(const Linear& l, const float* x, const T* weight, float (&sums)[blocks * outs][rows]) {
+  constexpr int at_once = kRowsAtOnce<rows>;
   const int64_t whole = l.in / Vec::width;
-  Vec total[outs][rows];
+  Vec total[blocks * outs][rows];
   for (auto& of_out : total)
     for (Vec& t : of_out) t = Vec::zero();
   for (int64_t begin = 0; begin < whole; begin += kChain) {
     const int64_t end = begin + kChain < whole ? begin + kChain : whole;
-    Vec chain[outs][rows];
-#pragma GCC unroll 8
-    for (int o = 0; o < outs; ++o)
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) chain[o][r] = Vec::zero();
-    for (int64_t i = begin; i < end; ++i) {
-      Vec w[outs];
-#pragma GCC unroll 8
-      for (int o = 0; o < outs; ++o) {
-        const T* p = weight + o * l.weight_row + i * Vec::width;
-        w[o] = Vec::load(p);
-        __builtin_prefetch((const char*)p + kFetch);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) {
-        const Vec v = Vec::load(x + (i * rows + r) * Vec::width);
-#pragma GCC unroll 8
-        for (int o = 0; o < outs; ++o) chain[o][r] = fma(v, w[o], chain[o][r]);
-      }
+    for (int o = 0; o < blocks * outs; o += outs) {
+      add_chain<T, outs, rows, 0, at_once>(l, x, weight + o * l.weight_row, begin, end, total + o);
+      if constexpr (at_once < rows) add_chain<T, outs, rows, at_once, rows>(l, x, weight + o * l.weight_row, begin, end, total + o);
     }
-    for (int o = 0; o < outs; ++o)
-      for (int r = 0; r < rows; ++r) total[o][r] = total[o][r] + chain[o][r];
   }
   const int rest = int(l.in - whole * Vec::width);
-  for (int o = 0; o < outs; ++o)
+  for (int o = 0; o < blocks * outs; ++o)
     for (int r = 0; r < rows; ++r) {
       if (rest)
         total[o][r] = fma(Vec::load(x + (whole * rows + r) * Vec::width),
@@ -55,11 +70,11 @@ static inline void dot_rows(const Linear& l, const float* x, const T* weight, fl
     }
 }
 
-template <class T, int outs, int rows>
+template <class T, int blocks, int outs, int rows>
 static inline void linear_block(const Linear& l, const float* x, int64_t o, float* y) {
-  float sums[outs][rows];
-  dot_rows<T, outs, rows>(l, x, (const T*)l.weight + o * l.weight_row, sums);
-  for (int i = 0; i < outs; ++i)
+  float sums[blocks * outs][rows];
+  dot_rows<T, blocks, outs, rows>(l, x, (const T*)l.weight + o * l.weight_row, sums);
+  for (int i = 0; i < blocks * outs; ++i)
     for (int r = 0; r < rows; ++r) {
       const float v = sums[i][r] + (l.bias ? l.bias[o + i] : 0.f);
       y[r * l.out + o + i] = l.relu && v < 0.f ? 0.f : v; // NaN and -0.0 stay, as torch has it
@@ -68,10 +83,12 @@ static inline void linear_block(const Linear& l, const float* x, int64_t o, floa
 
 template <class T, int rows>
 static void linear_rows(const Linear& l, const float* x, int64_t begin, int64_t end, float* y) {
-  constexpr int outs = kSums / rows > 8 ? 8 : kSums / rows;
+  constexpr int at_once = kRowsAtOnce<rows>, outs = kSums / at_once > 8 ? 8 : kSums / at_once;
+  constexpr int blocks = rows > 4 ? kBlocks : 1;
   int64_t o = begin;
-  for (; o + outs <= end; o += outs) linear_block<T, outs, rows>(l, x, o, y);
-  for (; o < end; ++o) linear_block<T, 1, rows>(l, x, o, y);
+  for (; o + blocks * outs <= end; o += blocks * outs) linear_block<T, blocks, outs, rows>(l, x, o, y);
+  for (; o + outs <= end; o += outs) linear_block<T, 1, outs, rows>(l, x, o, y);
+  for (; o < end; ++o) linear_block<T, 1, 1, rows>(l, x, o, y);
 }
 
 // y[rows][out] of outputs [begin, end); rows is 1 to kLinearRows.
