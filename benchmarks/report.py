@@ -2,7 +2,8 @@
 
     python benchmarks/report.py
 
-The device whose results the pages show is the one in README_DEVICE; every device's folder gets its own pictures.
+The device whose results the pages show is the one in README_DEVICE; README has a line for every other one, and each folder gets
+its own pictures.
 """
 
 from __future__ import annotations
@@ -36,7 +37,13 @@ def section(folder: Path) -> str:
     """README's text for the device of ``folder``, whose pictures are there already; it says so where nothing was recorded."""
     if not folder.is_dir():
         return NOTHING
-    return report.markdown(results.load_folder(folder), pictures(folder, plots.PICTURES, README))
+    own = report.markdown(results.load_folder(folder), pictures(folder, plots.PICTURES, README))
+    others = [
+        report.elsewhere(results.load_folder(other), relpath(other, ROOT))
+        for other in measured_devices()
+        if other != folder
+    ]
+    return "\n\n".join([own.rstrip("\n"), *others]) + "\n"
 
 
 def losses_section(folder: Path) -> str:

@@ -23,10 +23,10 @@ def measure(device: str, threads: int, dtypes: list[str]) -> dict[str, Any]:
     """
     torch.set_num_threads(threads)
     ceilings: dict[str, Any] = {"peak_gflops": {}, "peak_source": {}, "matmul_gflops": {}}
+    fma = _fma_peak(device)
     for dtype in dtypes:
         rate = max(_matmul(device, DTYPES[dtype], n) for n in MATMUL_SIZES[device])
         ceilings["matmul_gflops"][dtype] = rate
-        fma = _fma_peak(device, dtype)
         ceilings["peak_gflops"][dtype] = max(rate, fma)
         ceilings["peak_source"][dtype] = "FMA loop in registers" if fma > rate else "torch's best matrix product"
     ceilings["dram_gbps"] = _copy(device, DRAM_BYTES[device])
@@ -35,9 +35,12 @@ def measure(device: str, threads: int, dtypes: list[str]) -> dict[str, Any]:
     return ceilings
 
 
-def _fma_peak(device: str, dtype: str) -> float:
-    """GFLOP/s of the extension's own loop of multiply-adds on all threads; it has one for fp32 on a CPU, else 0."""
-    return float(_C.fma_peak(SECONDS)) if device == "cpu" and dtype == "fp32" else 0.0
+def _fma_peak(device: str) -> float:
+    """GFLOP/s of the extension's own loop of multiply-adds on all threads of a CPU, else 0.
+
+    It is in fp32, in which 16-bit values may be multiplied, too: without products of their own that is their peak.
+    """
+    return float(_C.fma_peak(SECONDS)) if device == "cpu" else 0.0
 
 
 def _best_seconds(device: str, run: Any) -> float:

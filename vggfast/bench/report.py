@@ -261,6 +261,12 @@ def markdown(data: Json, pictures: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def elsewhere(data: Json, path: str) -> str:
+    """A device that is not README's own, in one paragraph: all its comparisons. Its data and pictures are at ``path``."""
+    found = [f"{c.row.what} {c.ratio.median:.2f}× {c.rival}" for row in rows(data) if (c := compare(data, row))]
+    return f"{measured_on(data, ('vggfast', 'torch'))[:-1]}: {'; '.join(found)} ([data and pictures]({path}))."
+
+
 def _line(c: Comparison) -> str:
     span = f" ({c.ratio.p10:.2f} to {c.ratio.p90:.2f})" if c.row.field == "seconds" else ""
     errors = f"{c.their_error:.0e}, {c.our_error:.0e}" if c.row.field == "seconds" else ""
