@@ -58,7 +58,7 @@ PUBLIC: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "bias too long": (lambda: ops.conv3x3(X, W, normal(6)), RuntimeError, r"expected bias to be 1-dimensional with 5 elements.*\[6\]"),
     "bias of 2 dimensions": (lambda: ops.conv3x3(X, W, B[None]), RuntimeError, r"expected bias to be 1-dimensional.*\[1, 5\]"),
     # torch's own words, which are others where the CPU has no products of bfloat16
-    "mixed dtypes": (lambda: ops.conv3x3(X.bfloat16(), W), RuntimeError, r"(?i)bfloat16.* weight type .*float.* should be the same|expected scalar type bfloat16 but found float"),
+    "mixed dtypes": (lambda: ops.conv3x3(X.bfloat16(), W), RuntimeError, r"(?i)input type .*bfloat16.* weight type .*float.* should be the same|expected scalar type bfloat16 but found float"),
     "mixed dtype of bias": (lambda: ops.conv3x3(X, W, B.half()), RuntimeError, r"(?i)input type .*float.* bias type .*half.* should be the same"),
     "x sparse": (lambda: ops.conv3x3(X.to_sparse(), W), Exception, "(?i)sparse"),
     "weight sparse": (lambda: ops.conv3x3(X, W.to_sparse()), Exception, "(?i)sparse"),

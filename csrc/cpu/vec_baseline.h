@@ -61,6 +61,9 @@ static inline Vec operator*(Vec a, Vec b) {
 static inline Vec fma(Vec a, Vec b, Vec c) { // a * b + c, rounded twice where the baseline has no FMA
   return {a.reg * b.reg + c.reg};
 }
+static inline void accumulate(Vec& sum, Vec a, Vec b) { // sum += a * b
+  sum = fma(a, b, sum);
+}
 
 static inline Mask not_below_or_zero(Vec v) { // !(v <= 0): true for NaN
   return ~(v.reg <= Vec::zero().reg);
@@ -78,10 +81,6 @@ static inline Mask argmax_is(uint32_t packed, int position) { // lane l compares
   const int p = int(packed);
   return (Mask{p, p >> 2, p >> 4, p >> 6} & 3) == position;
 }
-static inline void accumulate(Vec& sum, Vec a, Vec b) { // sum += a * b
-  sum = fma(a, b, sum);
-}
-
 // As torch: relu(NaN) = NaN and relu(-0.0) = -0.0.
 static inline Vec at_least(Vec floor, Vec v) {
   return select(v.reg < floor.reg, floor, v);
