@@ -1,6 +1,7 @@
 // The CPU ops: validate, allocate, plan, run on torch's threads.
 #include "cpu/settings.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -89,19 +90,19 @@ Tensor empty_argmax(const Tensor& like, bool wanted, int64_t n, int64_t c, int64
   return empty_of(like, wanted ? std::vector<int64_t>{n, h / 2, w / 2, ceil_div(c, 4)} : std::vector<int64_t>{0}, ScalarType::Byte);
 }
 
-// A result larger than the caches would be read into them, line by line, only to be overwritten. A pooled one is smaller, and
-// worth keeping for the next layer up to a few MB.
-bool passes_caches(const Output& out, const Plan& plan) {
+// A result that the threads' L2 caches do not keep would be read, line by line, only to be overwritten.
+bool passes_caches(const Output& out, const Plan& plan, const Machine& m) {
   const int64_t pixels = out.pool ? out.n * (out.h / 2) * (out.w / 2) : out.n * out.h * out.w;
   const bool lines = plan.algorithm == Algorithm::amx ? !out.pool && out.c % 32 == 0 : out.dtype == DType::f32 && out.c % 16 == 0;
   return lines && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 &&
-         pixels * out.c * bytes_of(out.dtype) >= int64_t(out.pool ? 8 : 4) << 20;
+         pixels * out.c * bytes_of(out.dtype) >= std::min<int64_t>(m.threads * (512 << 10), 4 << 20);
 }
 
 void run_forward(const Image& x, const Filters& w, Output out) {
   const Kernels& k = kernels();
-  const Plan plan = choose_plan(x.dtype, x.n, x.c, w.out, x.h, x.w, this_machine(k), algo());
-  out.stream = passes_caches(out, plan);
+  const Machine m = this_machine(k);
+  const Plan plan = choose_plan(x.dtype, x.n, x.c, w.out, x.h, x.w, m, algo());
+  out.stream = passes_caches(out, plan, m);
   const Workspace workspace(forward_workspace(k, plan, x, w, out));
   forward(k, plan, x, w, out, workspace.data(), parallel_jobs);
 }

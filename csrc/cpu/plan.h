@@ -126,8 +126,9 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
     const char* reason = "few passes over so many filters, by many threads";
     return {Algorithm::winograd, Schedule::chunks_split, ceil_div(tiles, passes), in, 1, 0, reason, parts, edges};
   }
-  // A row block of few tiles reads U from beyond L2 for few products; larger groups share it, while all threads have some.
-  const int64_t largest = m.rows < 8 ? 48 : m.rows;
+  // A row block of few tiles reads U from beyond L2 for few products; larger groups share it, while all threads have some. Where a
+  // row block is 14 tiles two of them pay while V is small.
+  const int64_t largest = m.rows < 8 ? 48 : in <= 64 ? 2 * m.rows : m.rows;
   const int64_t of_group = std::clamp<int64_t>(tiles / (4 * m.threads) / m.rows * m.rows, m.rows, largest);
   const int64_t groups = std::clamp<int64_t>(tiles / of_group / (8 * m.threads), 1, 8);
   return {Algorithm::winograd, Schedule::tile_fused, of_group, in, groups, 0, "V and M of a group of tiles stay in L2", 1, edges};

@@ -317,25 +317,25 @@ static inline void store_tile(const Output& out, const Tile& tile, int64_t k, co
 // NaN in the lanes that met an Inf or NaN, else 0.
 template <class T, int height, int width>
 static Vec output_region(const Points& m, const TileRange& tiles, const TileRegion& region, int64_t k, const Output& out) {
+  const Epilogue epilogues[2] = {Epilogue(out, k), Epilogue(out, k + (kLine - 1) * Vec::width)};
   Vec spoiled = Vec::zero();
   for_each_tile(tiles, region, [&](int64_t t, const Tile& tile) {
-    Vec result[kLine][height][width];
+    Vec y[kLine][height][width];
 #pragma GCC unroll 4
     for (int v = 0; v < kLine; ++v) {
-      const Epilogue epilogue(out, k + v * Vec::width);
-      Vec y[height][width], sum = Vec::zero();
-      output_tile(m.data + t * m.row + v * Vec::width, m.position, y);
+      Vec sum = Vec::zero();
+      output_tile(m.data + t * m.row + v * Vec::width, m.position, y[v]);
 #pragma GCC unroll 4
       for (int i = 0; i < height; ++i) {
-        Vec row = y[i][0] + y[i][1];
-        if constexpr (width == 4) row = row + (y[i][2] + y[i][3]);
+        Vec row = y[v][i][0] + y[v][i][1];
+        if constexpr (width == 4) row = row + (y[v][i][2] + y[v][i][3]);
         sum = sum + row;
 #pragma GCC unroll 4
-        for (int j = 0; j < width; ++j) result[v][i][j] = epilogue(y[i][j]);
+        for (int j = 0; j < width; ++j) y[v][i][j] = epilogues[v](y[v][i][j]);
       }
       spoiled = spoiled + (sum - sum);
     }
-    store_tile<T>(out, tile, k, result);
+    store_tile<T>(out, tile, k, y);
   });
   return spoiled;
 }
