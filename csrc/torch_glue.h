@@ -52,15 +52,24 @@ inline Tensor with_adjacent_channels(const Tensor& t) {
   return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-// Every call of body(job), job in [0, jobs), on torch's own threads. Jobs are handed out one by one, since torch would cut the
-// range into equal parts and the slowest part would decide.
+// Every call of body(job), job in [0, jobs), on torch's own threads. A thread takes the jobs of its part in order, one by one, so
+// that what it asked for in advance and what it wrote in the layer before is its own; then the rest of the others' parts, since the
+// slowest would decide.
 inline void parallel_jobs(int64_t jobs, const std::function<void(int64_t)>& body) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t, int64_t) {
-    for (int64_t job; (job = next.fetch_add(1, std::memory_order_relaxed)) < jobs;) body(job);
+  struct alignas(64) Part {
+    std::atomic<int64_t> next;
+    int64_t end;
   };
   const int64_t threads = std::min<int64_t>(jobs, torch::stable::get_num_threads());
-  if (threads <= 1) return work(0, 1);
+  std::vector<Part> parts(std::max<int64_t>(threads, 1));
+  for (int64_t t = 0; t < threads; ++t) parts[t].next = jobs * t / threads, parts[t].end = jobs * (t + 1) / threads;
+  const auto work = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end + threads - 1; ++i) {
+      Part& part = parts[i % threads];
+      for (int64_t job; (job = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end;) body(job);
+    }
+  };
+  if (threads <= 1) return work(0, threads);
   torch::stable::parallel_for(0, threads, 1, work);
 }
 

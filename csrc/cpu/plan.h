@@ -28,9 +28,7 @@ struct Plan {
   Algorithm algorithm;
   Schedule schedule;
   int64_t tiles, depth;
-  int64_t groups; // tile-fused: groups of `tiles` tiles that a thread takes one after another
-                  // channels-split: blocks of output channels that are under way at once
-                  // grad_weight: parts of the tiles whose sums are kept apart; depends on the problem alone, and so do bits
+  int64_t groups; // grad_weight: parts of the tiles whose sums are kept apart; depends on the problem alone, and so do bits
   // Direct and AMX: output rows a thread takes at once.
   int64_t band;
   const char* reason;
@@ -111,7 +109,7 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
             Schedule::channels_split,
             tiles,
             std::min<int64_t>(in, 256),
-            m.threads,
+            1,
             0,
             "few tiles: filters are made where they are used",
             1,
@@ -130,8 +128,7 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
   // row block is 14 tiles two of them pay while V is small.
   const int64_t largest = m.rows < 8 ? 48 : in <= 64 ? 2 * m.rows : m.rows;
   const int64_t of_group = std::clamp<int64_t>(tiles / (4 * m.threads) / m.rows * m.rows, m.rows, largest);
-  const int64_t groups = std::clamp<int64_t>(tiles / of_group / (8 * m.threads), 1, 8);
-  return {Algorithm::winograd, Schedule::tile_fused, of_group, in, groups, 0, "V and M of a group of tiles stay in L2", 1, edges};
+  return {Algorithm::winograd, Schedule::tile_fused, of_group, in, 1, 0, "V and M of a group of tiles stay in L2", 1, edges};
 }
 
 // A thread takes one of `groups` parts of the rows and one of `splits` ranges of output channels. What a chunk of `tiles` rows

@@ -123,28 +123,25 @@ void all_filters(const Kernels& k, const Filters& w, int64_t size, float* u, con
   parallel(blocks, [&](int64_t b) { k.winograd_filters(w, b, u + b * size, stream); });
 }
 
-// A thread takes groups of tiles through input transform, products and output transform.
+// A thread takes tiles through input transform, products and output transform, and asks for the input of its next tiles meanwhile.
 bool forward_tile_fused(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* u,
                         const Parallel& parallel) {
   const Sizes size(k, plan, x.c);
   const TileGrid grid = tile_grid(x.n, x.h, x.w, plan.edges);
-  const int64_t blocks = ceil_div(w.out, k.block), job_tiles = plan.tiles * plan.groups;
+  const int64_t blocks = ceil_div(w.out, k.block), steps = 36 * blocks;
   std::atomic<bool> finite{true};
   all_filters(k, w, size.u, u, parallel);
-  parallel(ceil_div(grid.count(), job_tiles), [&](int64_t job) {
+  parallel(ceil_div(grid.count(), plan.tiles), [&](int64_t job) {
     const Points v{scratch(size.v + size.m), size.v_row, size.v_position}, m{v.data + size.v, k.block, size.m_position};
-    const int64_t job_end = std::min((job + 1) * job_tiles, grid.count());
-    for (int64_t begin = job * job_tiles; begin < job_end; begin += plan.tiles) {
-      const TileRange tiles{grid, begin, std::min(begin + plan.tiles, job_end)};
-      const int64_t count = tiles.end - tiles.begin, ahead = std::min(plan.tiles, job_end - tiles.end), steps = 36 * blocks;
-      k.winograd_input(x, tiles, v);
-      for (int64_t b = 0; b < blocks; ++b) {
-        for (int i = 0; i < 36; ++i) {
-          for (int64_t t = i * count / 36; t < (i + 1) * count / 36; ++t) prefetch_output(k, out, grid.at(begin + t), b);
-          multiply(k, tiles, i, v, x.c, u + b * size.u, m, false, input_piece(x, grid, tiles.end, ahead, b * 36 + i, steps));
-        }
-        if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
+    const TileRange tiles{grid, job * plan.tiles, std::min((job + 1) * plan.tiles, grid.count())};
+    const int64_t count = tiles.count(), ahead = std::min(plan.tiles, grid.count() - tiles.end);
+    k.winograd_input(x, tiles, v);
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int i = 0; i < 36; ++i) {
+        for (int64_t t = i * count / 36; t < (i + 1) * count / 36; ++t) prefetch_output(k, out, grid.at(tiles.begin + t), b);
+        multiply(k, tiles, i, v, x.c, u + b * size.u, m, false, input_piece(x, grid, tiles.end, ahead, b * 36 + i, steps));
       }
+      if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
     }
   });
   return finite;
@@ -174,12 +171,11 @@ bool forward_channels_split(const Kernels& k, const Plan& plan, const Image& x, 
     for (int64_t c = 0; c < x.c; c += plan.depth) {
       const int64_t end = std::min(c + plan.depth, x.c);
       k.winograd_filters(input_channels(w, c, end), b, u, false);
-      // The filters that this thread is likely to need next: of the next channels, or of the block that no other thread has begun.
+      // The filters that this thread is likely to need next: of the next channels, or of the next block.
       const bool last = end == x.c;
-      const int64_t next = last ? b + plan.groups : b;
       for (int i = 0; i < 36; ++i)
         multiply(k, tiles, i, {v.data + c, v.row, v.position}, end - c, u, m, c > 0,
-                 output_filters(w, next * k.block + i, last ? 0 : end, i < k.block ? plan.depth : 0));
+                 output_filters(w, (last ? b + 1 : b) * k.block + i, last ? 0 : end, i < k.block ? plan.depth : 0));
     }
     if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
   });
