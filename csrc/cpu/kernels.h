@@ -46,9 +46,10 @@ struct Kernels {
   int block; // output channels a micro-kernel computes; packed filters come in such blocks
   int rows;  // rows a micro-kernel computes at most
 
-  void (*winograd_input)(const Image&, const TileRange&, const Points& v);
+  // stream: past the caches; then v and u are aligned to 64 bytes
+  void (*winograd_input)(const Image&, const TileRange&, const Points& v, bool stream);
   void (*winograd_grad_output)(const Image&, const TileRange&, int64_t c_begin, int64_t c_end, const Points& z, float* bias_sum);
-  void (*winograd_filters)(const Filters&, int64_t block, float* u, bool stream); // past the caches: u aligned to 64 bytes
+  void (*winograd_filters)(const Filters&, int64_t block, float* u, bool stream);
   void (*winograd_multiply)(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int point, bool add,
                             const Soon&);
   bool (*winograd_output)(const Points& m, const TileRange&, int64_t block, const Output&);

@@ -116,10 +116,11 @@ void multiply(const Kernels& k, const TileRange& tiles, int point, const Points&
   if (some.count() > 0) k.winograd_multiply(v.from(from), some.count(), in, u, m.from(from), point, add, soon);
 }
 
-// U of all blocks. One larger than the caches would be read into them, line by line, only to be overwritten.
+// U of all blocks. One that L2 does not keep would be read, line by line, only to be overwritten, and then come to each thread from
+// the caches of all others, which is slow on some hosts; DRAM is not.
 void all_filters(const Kernels& k, const Filters& w, int64_t size, float* u, const Parallel& parallel) {
   const int64_t blocks = ceil_div(w.out, k.block);
-  const bool stream = blocks * size * int64_t(sizeof(float)) >= 16 << 20;
+  const bool stream = blocks * size * int64_t(sizeof(float)) >= 1 << 20;
   parallel(blocks, [&](int64_t b) { k.winograd_filters(w, b, u + b * size, stream); });
 }
 
@@ -135,7 +136,7 @@ bool forward_tile_fused(const Kernels& k, const Plan& plan, const Image& x, cons
     const Points v{scratch(size.v + size.m), size.v_row, size.v_position}, m{v.data + size.v, k.block, size.m_position};
     const TileRange tiles{grid, job * plan.tiles, std::min((job + 1) * plan.tiles, grid.count())};
     const int64_t count = tiles.count(), ahead = std::min(plan.tiles, grid.count() - tiles.end);
-    k.winograd_input(x, tiles, v);
+    k.winograd_input(x, tiles, v, false);
     for (int64_t b = 0; b < blocks; ++b) {
       for (int i = 0; i < 36; ++i) {
         for (int64_t t = i * count / 36; t < (i + 1) * count / 36; ++t) prefetch_output(k, out, grid.at(tiles.begin + t), b);
@@ -147,11 +148,12 @@ bool forward_tile_fused(const Kernels& k, const Plan& plan, const Image& x, cons
   return finite;
 }
 
-void shared_input(const Kernels& k, const Image& x, const TileRange& tiles, const Points& v, const Parallel& parallel) {
+void shared_input(const Kernels& k, const Image& x, const TileRange& tiles, const Points& v, bool stream,
+                  const Parallel& parallel) {
   const int64_t share = 4, count = tiles.end - tiles.begin;
   parallel(ceil_div(count, share), [&](int64_t i) {
     const int64_t begin = i * share, end = std::min(begin + share, count);
-    k.winograd_input(x, {tiles.grid, tiles.begin + begin, tiles.begin + end}, v.from(begin));
+    k.winograd_input(x, {tiles.grid, tiles.begin + begin, tiles.begin + end}, v.from(begin), stream);
   });
 }
 
@@ -164,7 +166,7 @@ bool forward_channels_split(const Kernels& k, const Plan& plan, const Image& x, 
   const TileRange tiles{grid, 0, grid.count()};
   const Points v{workspace, size.v_row, size.v_position};
   std::atomic<bool> finite{true};
-  shared_input(k, x, tiles, v, parallel);
+  shared_input(k, x, tiles, v, true, parallel);
   parallel(ceil_div(w.out, k.block), [&](int64_t b) {
     const Points m{scratch(size.m + size.u), k.block, size.m_position};
     float* u = m.data + size.m;
@@ -195,7 +197,7 @@ bool forward_chunks_split(const Kernels& k, const Plan& plan, const Image& x, co
   all_filters(k, w, size.u, u, parallel);
   for (int64_t begin = 0; begin < grid.count(); begin += plan.tiles) {
     const TileRange tiles{grid, begin, std::min(begin + plan.tiles, grid.count())};
-    shared_input(k, x, tiles, v, parallel);
+    shared_input(k, x, tiles, v, false, parallel);
     parallel(blocks * plan.splits, [&](int64_t job) {
       const int64_t b = job / plan.splits, part = job % plan.splits, count = tiles.count();
       const int64_t from = count * part / plan.splits;
@@ -234,7 +236,7 @@ struct GradWeight {
   void transform(int64_t begin, int64_t end, int64_t c_begin, int64_t c_end, const Points& v, const Points& z) const {
     for (int64_t from = begin; from < end; from += bias_group) {
       const TileRange tiles{grid, from, std::min(from + bias_group, end)};
-      k.winograd_input(x, tiles, v.from(from - begin));
+      k.winograd_input(x, tiles, v.from(from - begin), false);
       k.winograd_grad_output(dz, tiles, c_begin, c_end, z.from(from - begin), bias_sums + from / bias_group * padded + c_begin);
     }
   }

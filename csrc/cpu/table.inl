@@ -11,7 +11,9 @@ static constexpr Kernels table = {
     Vec::width,
     kBlock,
     kRows,
-    [](const Image& x, const TileRange& tiles, const Points& v) { VGGFAST_TYPED(x.dtype, winograd_input<T>(x, tiles, v)); },
+    [](const Image& x, const TileRange& tiles, const Points& v, bool stream) {
+      VGGFAST_TYPED(x.dtype, winograd_input<T>(x, tiles, v, stream));
+    },
     [](const Image& dz, const TileRange& tiles, int64_t begin, int64_t end, const Points& z, float* bias) {
       VGGFAST_TYPED(dz.dtype, winograd_grad_output<T>(dz, tiles, begin, end, z, bias));
     },

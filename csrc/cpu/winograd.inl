@@ -17,9 +17,19 @@ static inline void both_dimensions(const Vec (&in)[from][from], Vec (&out)[to][t
   for (int i = 0; i < to; ++i) transform(half[i], out[i]);
 }
 
+// Past the caches: to memory that other threads read next. The caller fences.
+template <bool stream>
+static inline void put(Vec v, float* p) {
+  if constexpr (stream)
+    v.stream(p);
+  else
+    v.store(p);
+}
+
 // B^T d B of the patch whose pixel (i, j) is at d + i * row + j * column. Points are made a pair of rows at a time, from pixels
 // that are loaded again for each pair: loads are cheap beside the stores, and a whole 6x6 of vectors would not fit the registers.
 // What is `next` floats further on is transformed next: its lines are asked for meanwhile, or each load would wait for L2.
+template <bool stream>
 static inline void input_tile(const float* d, int64_t row, int64_t column, float* v, int64_t position, int64_t next) {
   const int64_t columns[6] = {0, column, 2 * column, 3 * column, 4 * column, 5 * column};
   const float *d0 = d, *d1 = d0 + row, *d2 = d1 + row, *d3 = d2 + row, *d4 = d3 + row, *d5 = d4 + row;
@@ -28,7 +38,7 @@ static inline void input_tile(const float* d, int64_t row, int64_t column, float
     input_1d(half, out);
     float* p = v + 6 * i * position;
 #pragma GCC unroll 6
-    for (int j = 0; j < 6; ++j, p += position) out[j].store(p);
+    for (int j = 0; j < 6; ++j, p += position) put<stream>(out[j], p);
   };
   const auto outer_row = [&](int i, const float* a, const float* b, const float* c) { // points 0 and infinity
     Vec half[6];
@@ -59,7 +69,7 @@ static inline void input_tile(const float* d, int64_t row, int64_t column, float
 }
 
 // The same of the first rows x columns pixels of a patch, for a tile of F(2) in one dimension or both: its points alone.
-template <int rows, int columns>
+template <int rows, int columns, bool stream>
 static inline void edge_input_tile(Patch<6>& d, float* v, int64_t position) {
   Vec half[rows][columns];
 #pragma GCC unroll 6
@@ -77,7 +87,7 @@ static inline void edge_input_tile(Patch<6>& d, float* v, int64_t position) {
     input_1d(half[i], points);
     float* p = v + 6 * place_of_point<rows>(i) * position;
 #pragma GCC unroll 6
-    for (int j = 0; j < columns; ++j) points[j].store(p + place_of_point<columns>(j) * position);
+    for (int j = 0; j < columns; ++j) put<stream>(points[j], p + place_of_point<columns>(j) * position);
   }
 }
 
@@ -90,7 +100,7 @@ static inline void for_each_tile(const TileRange& tiles, const TileRegion& regio
   for (int64_t t = some.begin; t < some.end; ++t, region.next(tile)) body(t - tiles.begin, tile);
 }
 
-template <class T>
+template <class T, bool stream>
 static void whole_input(const Image& x, const TileRange& tiles, const Points& v) {
   const int64_t whole = std::is_same_v<T, float> && x.kind == ImageKind::plain ? x.c / Vec::width * Vec::width : 0;
   for_each_tile(tiles, tiles.grid.whole(), [&](int64_t t, const Tile& tile) {
@@ -100,36 +110,43 @@ static void whole_input(const Image& x, const TileRange& tiles, const Points& v)
     int64_t c = 0;
     for (; inside && c < whole; c += Vec::width) { // straight from the image
       const int64_t next = c + Vec::width < whole ? Vec::width : 4 * x.stride_w - c;
-      input_tile((const float*)x.data + tile.n * x.stride_n + h * x.stride_h + w * x.stride_w + c, x.stride_h, x.stride_w, p + c,
-                 v.position, next);
+      input_tile<stream>((const float*)x.data + tile.n * x.stride_n + h * x.stride_h + w * x.stride_w + c, x.stride_h, x.stride_w,
+                         p + c, v.position, next);
     }
     for (; c < x.c; c += Vec::width) {
       Patch<6> patch;
       load_any_patch<T>(x, tile.n, h, w, c, lanes_from(c, x.c), patch);
-      input_tile(patch.data, 6 * Vec::width, Vec::width, p + c, v.position, 0);
+      input_tile<stream>(patch.data, 6 * Vec::width, Vec::width, p + c, v.position, 0);
     }
   });
 }
 
 // Of tiles that are height x width pixels.
-template <class T, int height, int width>
+template <class T, bool stream, int height, int width>
 static void edge_input(const Image& x, const TileRange& tiles, const TileRegion& region, const Points& v) {
   for_each_tile(tiles, region, [&](int64_t t, const Tile& tile) {
     for (int64_t c = 0; c < x.c; c += Vec::width) {
       Patch<6> patch;
       load_any_patch<T>(x, tile.n, 4 * tile.row - 1, 4 * tile.col - 1, c, lanes_from(c, x.c), patch);
-      edge_input_tile<height + 2, width + 2>(patch, v.data + t * v.row + c, v.position);
+      edge_input_tile<height + 2, width + 2, stream>(patch, v.data + t * v.row + c, v.position);
     }
   });
 }
 
+template <class T, bool stream>
+static void transform_input(const Image& x, const TileRange& tiles, const Points& v) {
+  edge_input<T, stream, 4, 2>(x, tiles, tiles.grid.last_column(), v);
+  whole_input<T, stream>(x, tiles, v);
+  edge_input<T, stream, 2, 4>(x, tiles, tiles.grid.last_row(), v);
+  edge_input<T, stream, 2, 2>(x, tiles, tiles.grid.corner(), v);
+}
+
 // V[36][tile][v_row] of the tiles' input patches.
 template <class T>
-static void winograd_input(const Image& x, const TileRange& tiles, const Points& v) {
-  edge_input<T, 4, 2>(x, tiles, tiles.grid.last_column(), v);
-  whole_input<T>(x, tiles, v);
-  edge_input<T, 2, 4>(x, tiles, tiles.grid.last_row(), v);
-  edge_input<T, 2, 2>(x, tiles, tiles.grid.corner(), v);
+static void winograd_input(const Image& x, const TileRange& tiles, const Points& v, bool stream) {
+  if (!stream || Vec::width < 16) return transform_input<T, false>(x, tiles, v); // parts of lines would be written one by one
+  transform_input<T, true>(x, tiles, v);
+  fence_streams();
 }
 
 // A dY A^T of a 4x4 patch of output gradients; returns the sum of its 16 pixels.
@@ -192,11 +209,7 @@ static inline void filter_tile(const float* taps, int tap, float* u, int64_t pos
     Vec points[6];
     filter_1d(half[i], points);
 #pragma GCC unroll 6
-    for (int j = 0; j < 6; ++j, u += position)
-      if constexpr (stream)
-        points[j].stream(u);
-      else
-        points[j].store(u);
+    for (int j = 0; j < 6; ++j, u += position) put<stream>(points[j], u);
   }
 }
 
@@ -223,7 +236,7 @@ static void transform_filters(const Filters& w, int64_t block, float* u) {
 
 template <class T>
 static void winograd_filters(const Filters& w, int64_t block, float* u, bool stream) {
-  if (!stream || Vec::width < 16) return transform_filters<T, false>(w, block, u); // parts of lines would be written one by one
+  if (!stream || Vec::width < 16) return transform_filters<T, false>(w, block, u); // as in winograd_input
   transform_filters<T, true>(w, block, u);
   fence_streams();
 }
