@@ -111,26 +111,25 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
       const float* rows = scratch + (h - h_begin) * row_size;
       if (!out.pool) {
         T* line = (T*)out.data + (n * out.h + h) * out.w * out.c + k0;
+        const int64_t pixel = out.c, rest = out.c - k0;
         if constexpr (std::is_same_v<T, float>) {
           if (out.stream) {
-            direct_row(rows, x.w, x.c, filters, parts, [&](int64_t w, const Vec(&acc)[kVecs]) {
-              for (int v = 0; v < kVecs && k0 + v * Vec::width < out.c; ++v)
-                epilogue[v](acc[v]).stream(line + w * out.c + v * Vec::width);
+            direct_row(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
+              for (int v = 0; v < kVecs && v * Vec::width < rest; ++v)
+                epilogue[v](acc[v]).stream(line + w * pixel + v * Vec::width);
             });
             continue;
           }
         }
-        direct_row(rows, x.w, x.c, filters, parts, [&](int64_t w, const Vec(&acc)[kVecs]) {
-          for (int v = 0; v < kVecs && k0 + v * Vec::width < out.c; ++v) {
-            const int64_t k = k0 + v * Vec::width;
-            store_lanes(epilogue[v](acc[v]), line + w * out.c + v * Vec::width, lanes_from(k, out.c));
-          }
+        direct_row(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
+          for (int v = 0; v < kVecs && v * Vec::width < rest; ++v)
+            store_lanes(epilogue[v](acc[v]), line + w * pixel + v * Vec::width, lanes_from(v * Vec::width, rest));
         });
         continue;
       }
       if (h / 2 >= out.h / 2) continue; // an odd last row is in no window
       float* line = full + h % 2 * x.w * kBlock;
-      direct_row(rows, x.w, x.c, filters, parts, [&](int64_t w, const Vec(&acc)[kVecs]) {
+      direct_row(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
         for (int v = 0; v < kVecs; ++v) epilogue[v](acc[v]).store(line + w * kBlock + v * Vec::width);
       });
       if (h % 2 == 1) pool_row<T>(out, full, x.w * kBlock, kBlock, n, h / 2, k0, kBlock);

@@ -74,13 +74,16 @@ static void multiply_rows(const Product& p, int64_t first_row, const Start& star
       for (; d < steps; ++d, a += p.a_depth, b += p.b_depth) multiply_step<rows>(p, a, b, acc);
   }
   // The last step by itself, each row finished at once: stores take twice as long as products, and would come all together.
+  // Copies, since a store might have changed what others see: it would be loaded again for each vector.
+  const Finish finish_row = finish;
+  const int64_t a_row = p.a_row;
   Vec channels[kVecs];
 #pragma GCC unroll 4
   for (int v = 0; v < kVecs; ++v) channels[v] = Vec::load(b + v * Vec::width);
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
-    multiply_row(a[r * p.a_row], channels, acc[r]);
-    finish(first_row + r, acc[r]);
+    multiply_row(a[r * a_row], channels, acc[r]);
+    finish_row(first_row + r, acc[r]);
   }
 }
 

@@ -258,8 +258,8 @@ static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const 
                         16, // the next rows' V
                         soon.bytes ? soon.data : (const char*)a,
                         soon.bytes / tiles};
-  const auto finish = [&](int64_t t, const Vec(&acc)[kVecs]) {
-    for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * m.row + k * Vec::width);
+  const auto finish = [out, row = m.row](int64_t t, const Vec(&acc)[kVecs]) {
+    for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * row + k * Vec::width);
   };
   if (add)
     for_each_row_block<kSteps>(
@@ -375,7 +375,7 @@ static bool winograd_output(const Points& m, const TileRange& tiles, int64_t blo
 static void winograd_accumulate(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
                                 float* s) {
   const Product product{v, 1, v_row, 0, z, z_row, 0, tiles, 1, kAhead * v_row, v_row, (const char*)v, 0};
-  for_each_row_block<kSteps>(in, product, StartAtZero(), [&](int64_t c, const Vec(&acc)[kVecs]) {
+  for_each_row_block<kSteps>(in, product, StartAtZero(), [s, first](int64_t c, const Vec(&acc)[kVecs]) {
     for (int k = 0; k < kVecs; ++k) {
       float* p = s + c * kBlock + k * Vec::width;
       (first ? acc[k] : Vec::load(p) + acc[k]).store(p);
