@@ -210,16 +210,14 @@ std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_
     throw std::invalid_argument("sizes: expected tensors of at most 2^40 elements, got " + std::to_string(n) + " images of " +
                                 std::to_string(h) + " x " + std::to_string(w) + " with " + std::to_string(in) + " and " +
                                 std::to_string(out) + " channels");
-  const Kernels& k = kernels();
-  const Machine m = this_machine(k);
   const DType type = dtype == "float32"    ? DType::f32
                      : dtype == "bfloat16" ? DType::bf16
                      : dtype == "float16"
                          ? DType::f16
                          : throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
-  if (pass == "forward") return to_string(choose_plan(type, n, in, out, h, w, m, algo()));
-  if (pass == "grad_input") return to_string(choose_plan(type, n, out, in, h, w, m, algo()));
-  if (pass == "grad_weight") return to_string(choose_grad_weight_plan(type, n, in, out, h, w, m, algo()));
+  if (pass == "forward") return to_string(forward_plan(type, n, in, out, h, w));
+  if (pass == "grad_input") return to_string(forward_plan(type, n, out, in, h, w));
+  if (pass == "grad_weight") return to_string(choose_grad_weight_plan(type, n, in, out, h, w, this_machine(kernels()), algo()));
   throw std::invalid_argument("pass: expected forward, grad_input or grad_weight, got '" + pass + "'");
 }
 

@@ -26,13 +26,13 @@ struct StartAtZero {
   Vec operator()(int64_t, int) const { return Vec::zero(); }
 };
 
+// These two, not inlined, would pass their sums through memory.
 [[gnu::always_inline]] static inline void multiply_row(float a, const Vec (&channels)[kVecs], Vec (&acc)[kVecs]) {
   const Vec x = Vec::set(a);
 #pragma GCC unroll 4
   for (int v = 0; v < kVecs; ++v) accumulate(acc[v], x, channels[v]);
 }
 
-// Not inlined it would pass its sums through memory.
 template <int rows>
 [[gnu::always_inline]] static inline void multiply_step(const Product& p, const float* a, const float* b, Vec (&acc)[rows][kVecs]) {
   Vec channels[kVecs];
