@@ -12,8 +12,8 @@ struct Product {
   int64_t depth;
   int segments;
   // What is read soon after, for prefetching: from a[row of the block * a_row + ahead] on, ahead_step floats for each step of
-  // depth.
-  int64_t ahead, ahead_step;
+  // depth, and ahead_turn more after every sixteen steps, which use up a line of each row; with several steps at once, never.
+  int64_t ahead, ahead_step, ahead_turn;
   // What the layer needs after these products, spread evenly over them: later_row bytes for each row of a.
   const char* later;
   int64_t later_row;
@@ -59,19 +59,21 @@ static void multiply_rows(const Product& p, int64_t first_row, const Start& star
     a = p.a + first_row * p.a_row + s * p.a_segment;
     b = p.b + s * p.b_segment;
     const int64_t steps = s + 1 < p.segments ? p.depth : p.depth - 1;
-    int64_t d = 0;
-    for (; d + at_once <= steps; d += at_once) {
-      __builtin_prefetch(later, 0, 2);
-      later += later_step;
+    for (int64_t d = 0; d < steps; ahead += p.ahead_turn) {
+      const int64_t turn = at_once == 1 && d + 16 < steps ? d + 16 : steps;
+      for (; d + at_once <= turn; d += at_once) {
+        __builtin_prefetch(later, 0, 2);
+        later += later_step;
 #pragma GCC unroll 4
-      for (int step = 0; step < at_once; ++step, a += p.a_depth, b += p.b_depth, ahead += p.ahead_step) {
-        __builtin_prefetch(ahead, 0, 2);
-        multiply_step<rows>(p, a, b, acc);
-        if constexpr (at_once > 1) asm volatile("" ::: "memory"); // loads moved across steps would need registers
+        for (int step = 0; step < at_once; ++step, a += p.a_depth, b += p.b_depth, ahead += p.ahead_step) {
+          __builtin_prefetch(ahead, 0, 2);
+          multiply_step<rows>(p, a, b, acc);
+          if constexpr (at_once > 1) asm volatile("" ::: "memory"); // loads moved across steps would need registers
+        }
       }
+      if constexpr (at_once > 1)
+        for (; d < turn; ++d, a += p.a_depth, b += p.b_depth) multiply_step<rows>(p, a, b, acc);
     }
-    if constexpr (at_once > 1)
-      for (; d < steps; ++d, a += p.a_depth, b += p.b_depth) multiply_step<rows>(p, a, b, acc);
   }
   // The last step by itself, each row finished at once: stores take twice as long as products, and would come all together.
   // Copies, since a store might have changed what others see: it would be loaded again for each vector.

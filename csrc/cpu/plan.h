@@ -104,11 +104,13 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
   const int64_t tiles = tile_grid(n, h, w).count();
   const Edges edges = edges_of(h, w);
   const int64_t v_bytes = 36 * 4 * points_row(in, m) * m.rows, u_bytes = 36 * 4 * in * round_up(out, m.block);
+  // U of a chunk of channels, V of it and M should stay in L2 together; each chunk reads and writes M once, which costs more where
+  // there are more tiles.
   if (tiles <= 128 && in >= 64 && ceil_div(out, m.block) >= m.threads)
     return {Algorithm::winograd,
             Schedule::channels_split,
             tiles,
-            std::min<int64_t>(in, 256),
+            std::min<int64_t>(in, tiles <= 64 ? 4096 / m.block : 256),
             1,
             0,
             "few tiles: filters are made where they are used",
@@ -126,7 +128,7 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
   }
   // A row block of few tiles reads U from beyond L2 for few products; larger groups share it, while all threads have some. Where a
   // row block is 14 tiles two of them pay while V is small.
-  const int64_t largest = m.rows < 8 ? 48 : in <= 64 ? 2 * m.rows : m.rows;
+  const int64_t largest = m.rows < 8 ? 48 : in <= 128 ? 2 * m.rows : m.rows;
   const int64_t of_group = std::clamp<int64_t>(tiles / (4 * m.threads) / m.rows * m.rows, m.rows, largest);
   return {Algorithm::winograd, Schedule::tile_fused, of_group, in, 1, 0, "V and M of a group of tiles stay in L2", 1, edges};
 }

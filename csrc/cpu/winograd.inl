@@ -255,7 +255,8 @@ static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const 
                         in,
                         1,
                         kRows * v.row,
-                        16, // the next rows' V
+                        kSteps > 1 ? 16 : v.row, // the next rows' V: a line of each, then their next lines
+                        kSteps > 1 ? 0 : 16 - 16 * v.row,
                         soon.bytes ? soon.data : (const char*)a,
                         soon.bytes / tiles};
   const auto finish = [out, row = m.row](int64_t t, const Vec(&acc)[kVecs]) {
@@ -374,7 +375,7 @@ static bool winograd_output(const Points& m, const TileRange& tiles, int64_t blo
 // S[in][kBlock] += V^T Z at one of the 36 points, for one block of output channels.
 static void winograd_accumulate(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
                                 float* s) {
-  const Product product{v, 1, v_row, 0, z, z_row, 0, tiles, 1, kAhead * v_row, v_row, (const char*)v, 0};
+  const Product product{v, 1, v_row, 0, z, z_row, 0, tiles, 1, kAhead * v_row, v_row, 0, (const char*)v, 0};
   for_each_row_block<kSteps>(in, product, StartAtZero(), [s, first](int64_t c, const Vec(&acc)[kVecs]) {
     for (int k = 0; k < kVecs; ++k) {
       float* p = s + c * kBlock + k * Vec::width;
