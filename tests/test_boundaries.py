@@ -132,6 +132,22 @@ def test_every_schedule_gives_an_edge_the_same_bits(isa: str) -> None:
     assert_same_bits(*results)
 
 
+# Filters are made of 128 (AVX-512), 256 or 512 input channels at a time: the last part is one channel, or most of them.
+@pytest.mark.parametrize("channels", [129, 257, 500, 513])
+def test_channels_taken_in_parts(isa: str, channels: int) -> None:
+    _C.set_conv_algo("winograd")
+    torch.set_num_threads(1)
+    for c_in, c_out in ((channels, 18), (17, channels)):
+        x, weight, bias = problem(1, c_in, c_out, 13, 9, grad=True, seed=channels)
+        check_against_float64(x, weight, bias, normal(1, c_out, 13, 9), relu=True, pool=False, algo="winograd")
+    x, weight, bias = problem(1, channels, 18, 13, 9)
+    assert "output channels split" in _C.cpu_plan("forward", 1, channels, 18, 13, 9)
+    in_parts = ops.conv3x3(x, weight, bias)
+    torch.set_num_threads(16)
+    assert "output channels split" not in _C.cpu_plan("forward", 1, channels, 18, 13, 9)
+    assert_same_bits(in_parts, ops.conv3x3(x, weight, bias))
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     ("h", "w", "edges"),

@@ -12,7 +12,8 @@ enum class Algorithm { automatic, winograd, direct, amx }; // amx: direct, on ti
 struct Machine {
   int width, block, rows; // of the ISA's micro-kernel
   int threads;
-  bool amx = false; // it has the tile registers
+  bool amx = false;     // it has the tile registers
+  int64_t l2 = 1 << 20; // bytes of a core's second-level cache
 };
 
 // How Winograd's steps (V of the input, M = V U, Y of M; in grad_weight Z of the gradients, S = V^T Z) are shared out.
@@ -94,6 +95,19 @@ inline const char* why_direct(int64_t n, int64_t in, int64_t out, int64_t h, int
   return nullptr;
 }
 
+// Whether to make filters where they are used. M of a block of output channels stays in L2, and V, read once a block, should be
+// little beside the U that need not be written and read back. A thread takes whole blocks: few of them are not shared out evenly.
+inline bool split_channels(int64_t tiles, int64_t blocks, int64_t u_bytes, const Machine& m) {
+  const int64_t m_bytes = 36 * 4 * m.block * tiles, largest = u_bytes >= 16 << 20 ? m.l2 * 7 / 8 : m.l2 / 2;
+  return tiles <= 128 ? blocks >= m.threads : m_bytes <= largest && blocks >= 4 * m.threads;
+}
+
+// Input channels that U is made of at a time. Each time M is read and written once more: for few tiles that is little, and U, V
+// and M of so many channels stay in L2; else U alone does.
+inline int64_t split_depth(int64_t tiles, const Machine& m) {
+  return tiles <= 64 ? 4096 / m.block : round_up(m.l2 / (36 * 4 * m.block), 128);
+}
+
 // Forward and grad_input: n images of h x w, `in` channels read, `out` channels written.
 inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m, Algorithm wanted) {
   if (m.amx && dtype == DType::bf16 && wanted != Algorithm::winograd) return plan_amx(n, in, out, h, w, m);
@@ -104,13 +118,11 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
   const int64_t tiles = tile_grid(n, h, w).count();
   const Edges edges = edges_of(h, w);
   const int64_t v_bytes = 36 * 4 * points_row(in, m) * m.rows, u_bytes = 36 * 4 * in * round_up(out, m.block);
-  // U of a chunk of channels, V of it and M should stay in L2 together; each chunk reads and writes M once, which costs more where
-  // there are more tiles.
-  if (tiles <= 128 && in >= 64 && ceil_div(out, m.block) >= m.threads)
+  if (in >= 64 && split_channels(tiles, ceil_div(out, m.block), u_bytes, m))
     return {Algorithm::winograd,
             Schedule::channels_split,
             tiles,
-            std::min<int64_t>(in, tiles <= 64 ? 4096 / m.block : 256),
+            std::min(in, split_depth(tiles, m)),
             1,
             0,
             "few tiles: filters are made where they are used",

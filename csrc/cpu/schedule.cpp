@@ -1,5 +1,7 @@
 #include "cpu/schedule.h"
 
+#include <unistd.h>
+
 #include <atomic>
 #include <cstring>
 
@@ -311,7 +313,8 @@ bool grad_weight_winograd(const Kernels& k, const Plan& plan, const Image& x, co
 } // namespace
 
 Machine machine(const Kernels& k, int threads) {
-  return {k.width, k.block, k.rows, threads, k.amx_rows != nullptr};
+  static const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE); // 0 where the system does not tell
+  return {k.width, k.block, k.rows, threads, k.amx_rows != nullptr, l2 > 0 ? l2 : 1 << 20};
 }
 
 int64_t forward_workspace(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output&) {
