@@ -148,6 +148,19 @@ def test_channels_taken_in_parts(isa: str, channels: int) -> None:
     assert_same_bits(in_parts, ops.conv3x3(x, weight, bias))
 
 
+@pytest.mark.parametrize("images", [4, 9])
+def test_filters_made_in_every_pass(isa: str, images: int) -> None:
+    """One pass or two where second-level caches are large, none elsewhere and for many threads: equal bits."""
+    _C.set_conv_algo("winograd")
+    x, weight, _ = problem(images, 512, 256, 28, 28)
+    results = []
+    for threads in (2, 16):
+        torch.set_num_threads(threads)
+        results.append(ops.conv3x3(x, weight))
+    assert "output channels split" not in _C.cpu_plan("forward", images, 512, 256, 28, 28)
+    assert_same_bits(*results)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     ("h", "w", "edges"),

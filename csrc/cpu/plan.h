@@ -19,7 +19,8 @@ struct Machine {
 // How Winograd's steps (V of the input, M = V U, Y of M; in grad_weight Z of the gradients, S = V^T Z) are shared out.
 enum class Schedule {
   tile_fused,     // a thread takes `tiles` tiles through all three steps; M stays in its L2, and V where it fits
-  channels_split, // V of all tiles is shared; a thread takes a block of output channels, and makes U of `depth` channels at a time
+  channels_split, // V of `tiles` tiles is shared; a thread takes a block of output channels, and makes U of `depth` channels at a
+                  // time
   chunks_split,   // V of `tiles` tiles is shared; a thread takes a block of output channels of one of `splits` parts of them
   points_split,   // grad_weight: V and Z of `tiles` tiles are shared; threads take points and blocks of output channels
   outputs_split   // grad_weight: a thread takes one of `groups` parts of the tiles and one of `splits` ranges of output channels
@@ -95,11 +96,15 @@ inline const char* why_direct(int64_t n, int64_t in, int64_t out, int64_t h, int
   return nullptr;
 }
 
-// Whether to make filters where they are used. M of a block of output channels stays in L2, and V, read once a block, should be
-// little beside the U that need not be written and read back. A thread takes whole blocks: few of them are not shared out evenly.
-inline bool split_channels(int64_t tiles, int64_t blocks, int64_t u_bytes, const Machine& m) {
-  const int64_t m_bytes = 36 * 4 * m.block * tiles, largest = u_bytes >= 16 << 20 ? m.l2 * 7 / 8 : m.l2 / 2;
-  return tiles <= 128 ? blocks >= m.threads : m_bytes <= largest && blocks >= 4 * m.threads;
+// Passes over the filters, each of which makes them where they are used, or 0. M of a block of output channels stays in L2, and V,
+// read once a block, should be little beside the U that need not be written and read back. A thread takes whole blocks: few of
+// them are not shared out evenly. What a pass makes, few tiles would not pay for.
+inline int64_t split_channels_passes(int64_t tiles, int64_t blocks, int64_t u_bytes, const Machine& m) {
+  if (tiles <= 128) return blocks >= m.threads;
+  if (blocks < 4 * m.threads) return 0;
+  const bool large = u_bytes >= 16 << 20;
+  const int64_t largest = (large ? m.l2 * 7 / 8 : m.l2 / 2) / (36 * 4 * m.block);
+  return tiles <= largest ? 1 : large && largest >= 256 ? ceil_div(tiles, largest) : 0;
 }
 
 // Input channels that U is made of at a time. Each time M is read and written once more: for few tiles that is little, and U, V
@@ -118,10 +123,11 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
   const int64_t tiles = tile_grid(n, h, w).count();
   const Edges edges = edges_of(h, w);
   const int64_t v_bytes = 36 * 4 * points_row(in, m) * m.rows, u_bytes = 36 * 4 * in * round_up(out, m.block);
-  if (in >= 64 && split_channels(tiles, ceil_div(out, m.block), u_bytes, m))
+  const int64_t split_passes = in < 64 ? 0 : split_channels_passes(tiles, ceil_div(out, m.block), u_bytes, m);
+  if (split_passes > 0)
     return {Algorithm::winograd,
             Schedule::channels_split,
-            tiles,
+            ceil_div(tiles, split_passes),
             std::min(in, split_depth(tiles, m)),
             1,
             0,

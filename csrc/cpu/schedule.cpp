@@ -159,30 +159,32 @@ void shared_input(const Kernels& k, const Image& x, const TileRange& tiles, cons
   });
 }
 
-// All threads make V; then each takes blocks of output channels. U of a block would not fit L2 beside V and M, and is used by few
-// tiles: it is made `depth` input channels at a time and used at once.
+// Pass by pass over the tiles, all threads make V; then each takes blocks of output channels. U of a block would not fit L2 beside
+// V and M, or is used by few tiles: it is made `depth` input channels at a time and used at once.
 bool forward_channels_split(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out,
                             float* workspace, const Parallel& parallel) {
   const Sizes size(k, plan, x.c);
   const TileGrid grid = tile_grid(x.n, x.h, x.w, plan.edges);
-  const TileRange tiles{grid, 0, grid.count()};
   const Points v{workspace, size.v_row, size.v_position};
   std::atomic<bool> finite{true};
-  shared_input(k, x, tiles, v, true, parallel);
-  parallel(ceil_div(w.out, k.block), [&](int64_t b) {
-    const Points m{scratch(size.m + size.u), k.block, size.m_position};
-    float* u = m.data + size.m;
-    for (int64_t c = 0; c < x.c; c += plan.depth) {
-      const int64_t end = std::min(c + plan.depth, x.c);
-      k.winograd_filters(input_channels(w, c, end), b, u, false);
-      // The filters that this thread is likely to need next: of the next channels, or of the next block.
-      const bool last = end == x.c;
-      for (int i = 0; i < 36; ++i)
-        multiply(k, tiles, i, {v.data + c, v.row, v.position}, end - c, u, m, c > 0,
-                 output_filters(w, (last ? b + 1 : b) * k.block + i, last ? 0 : end, i < k.block ? plan.depth : 0));
-    }
-    if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
-  });
+  for (int64_t begin = 0; begin < grid.count(); begin += plan.tiles) {
+    const TileRange tiles{grid, begin, std::min(begin + plan.tiles, grid.count())};
+    shared_input(k, x, tiles, v, true, parallel);
+    parallel(ceil_div(w.out, k.block), [&](int64_t b) {
+      const Points m{scratch(size.m + size.u), k.block, size.m_position};
+      float* u = m.data + size.m;
+      for (int64_t c = 0; c < x.c; c += plan.depth) {
+        const int64_t end = std::min(c + plan.depth, x.c);
+        k.winograd_filters(input_channels(w, c, end), b, u, false);
+        // The filters that this thread is likely to need next: of the next channels, or of the next block.
+        const bool last = end == x.c;
+        for (int i = 0; i < 36; ++i)
+          multiply(k, tiles, i, {v.data + c, v.row, v.position}, end - c, u, m, c > 0,
+                   output_filters(w, (last ? b + 1 : b) * k.block + i, last ? 0 : end, i < k.block ? plan.depth : 0));
+      }
+      if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
+    });
+  }
   return finite;
 }
 
