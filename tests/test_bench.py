@@ -1,18 +1,16 @@
-"""The measurement code: what is checked before it is timed, who is named where it cannot run, statistics, results, the report."""
+"""The measurement code: what is checked before it is timed, who is named where it cannot run, statistics, memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
-import time
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from vggfast.bench import BenchError, cases, contenders, machine, measure, memory, results, stats, suites
+from vggfast.bench import BenchError, cases, contenders, measure, memory, stats, suites
 from vggfast.bench.cases import Case
 from vggfast.bench.client import Worker
 from vggfast.bench.contenders import VGGFAST, Contender, find
@@ -352,87 +350,3 @@ def test_peak_memory_of_a_run(lab):
     group = dataclasses.replace(group_of(case, VGGFAST, find("torch channels_last")), part="memory")
     ours, torchs = lab.measure_memory(group)["contenders"]
     assert 0 < ours["saved_bytes"] < torchs["saved_bytes"] < torchs["peak_bytes"] < 200e6
-
-
-# ---- the machine ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("vendor", "family", "model", "name", "expected"),
-    [
-        ("AuthenticAMD", 25, 17, "AMD EPYC", "AMD EPYC (zen4)"),
-        ("AuthenticAMD", 26, 2, "AMD EPYC 9755 128-Core Processor", "AMD EPYC 9755 (zen5)"),
-        (
-            "GenuineIntel",
-            6,
-            143,
-            "Intel(R) Xeon(R) Platinum 8480C CPU @ 2.00GHz",
-            "Intel Xeon Platinum 8480C (sapphirerapids)",
-        ),
-        ("Other", 1, 1, "Some CPU", "Some"),
-    ],
-)
-def test_the_name_of_a_processor(vendor, family, model, name, expected):
-    info = {"vendor_id": vendor, "cpu family": str(family), "model": str(model), "model name": name}
-    assert machine.cpu_name(info) == expected
-
-
-def test_the_folder_of_this_machine(monkeypatch):
-    monkeypatch.setattr(
-        machine,
-        "cpu_info",
-        lambda: {"vendor_id": "AuthenticAMD", "cpu family": "25", "model": "17", "model name": "AMD EPYC"},
-    )
-    monkeypatch.setattr(machine, "cores", lambda: 2)
-    assert machine.slug("cpu") == "amd-epyc-zen4-2core"
-
-
-def test_cpu_time_of_others_is_told_apart_from_that_of_the_active_worker():
-    class Fake:
-        used = 0.0
-
-        def cpu_seconds(self) -> float:
-            return self.used
-
-    active, idle = Fake(), Fake()
-    activity = machine.Activity([active, idle])
-    with activity.turn(active):
-        time.sleep(0.05)
-        active.used += 1.0
-        idle.used += 0.02  # spins while it should be idle
-    summary = activity.summary()
-    assert summary["idle_workers"] == pytest.approx(0.02 / (summary["seconds"] * machine.os.cpu_count()), rel=0.2)
-
-
-# ---- results -------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_replaces_its_groups_and_leaves_the_others(tmp_path):
-    old = {
-        "schema": 1,
-        "device": {},
-        "runs": {"1": {"a": 1}, "0": {}},
-        "groups": [{"id": "x", "run": "1"}, {"id": "y", "run": "0"}],
-    }
-    merged = results.merge(old, "2", {"b": 2}, [{"id": "y", "new": 1 / 3}, {"id": "z"}])
-    assert [(g["id"], g["run"]) for g in merged["groups"]] == [("x", "1"), ("y", "2"), ("z", "2")]
-    assert set(merged["runs"]) == {"1", "2"}  # nothing refers to run 0 any more
-    results.save(merged, tmp_path / "folder" / "part.json")
-    assert results.load(tmp_path / "folder" / "part.json")["groups"][1]["new"] == 0.33333
-    assert (
-        results.load_folder(tmp_path / "folder")["groups"] == results.load(tmp_path / "folder" / "part.json")["groups"]
-    )
-
-
-def test_what_is_no_result_is_refused(tmp_path):
-    with pytest.raises(BenchError, match="expected files of results, got none"):
-        results.load_folder(tmp_path)
-    path = tmp_path / "x.json"
-    for text, message in (
-        ("{", "expected a file of results"),
-        (json.dumps({"schema": 99}), 'expected "schema": 1, got 99'),
-        ("[]", "got"),
-    ):
-        path.write_text(text)
-        with pytest.raises(BenchError, match=message):
-            results.load(path)

@@ -17,7 +17,8 @@ def test_the_fma_peak_is_above_any_matrix_product(isa: str) -> None:
     if isa == "baseline":  # torch's product has more lanes than this
         assert 1 < peak < 1e4
     else:
-        assert peak > ceilings._matmul("cpu", torch.float32, 768) / 1.3  # the clock may have moved in between
+        lanes = 2 if isa == "avx2" and "avx512" in _C.cpu_isas() else 1  # torch's product takes the widest
+        assert peak > ceilings._matmul("cpu", torch.float32, 768) / lanes / 1.3  # the clock may have moved in between
 
 
 @pytest.mark.parametrize("fma", [1e9, 1e-9])

@@ -100,7 +100,7 @@ inline const char* why_direct(int64_t n, int64_t in, int64_t out, int64_t h, int
 // read once a block, should be little beside the U that need not be written and read back. A thread takes whole blocks: few of
 // them are not shared out evenly. What a pass makes, few tiles would not pay for.
 inline int64_t split_channels_passes(int64_t tiles, int64_t blocks, int64_t u_bytes, const Machine& m) {
-  if (tiles <= 128) return blocks >= m.threads;
+  if (tiles <= 128) return blocks >= m.threads ? 1 : 0;
   if (blocks < 4 * m.threads) return 0;
   const bool large = u_bytes >= 16 << 20;
   const int64_t largest = (large ? m.l2 * 7 / 8 : m.l2 / 2) / (36 * 4 * m.block);
@@ -131,7 +131,8 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
             std::min(in, split_depth(tiles, m)),
             1,
             0,
-            "few tiles: filters are made where they are used",
+            split_passes > 1 ? "filters are made where they are used, once a pass"
+                             : "few tiles: filters are made where they are used",
             1,
             edges};
   // V of a row block of tiles beyond L2, or U beyond what L3 keeps: U is then read once for as many tiles as M of a block of output
