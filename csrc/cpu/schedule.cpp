@@ -316,8 +316,10 @@ bool grad_weight_winograd(const Kernels& k, const Plan& plan, const Image& x, co
 
 Machine machine(const Kernels& k, int threads) {
   // 0 where the system does not tell. More than 2 MB has not been measured, and emulated processors may tell more than there is.
-  static const int64_t told = sysconf(_SC_LEVEL2_CACHE_SIZE), l2 = told > 0 ? std::min<int64_t>(told, 2 << 20) : 1 << 20;
-  return {k.width, k.block, k.rows, threads, k.amx_rows != nullptr, l2};
+  static const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  Machine m{k.width, k.block, k.rows, threads, k.amx_rows != nullptr};
+  if (l2 > 0) m.l2 = std::min<int64_t>(l2, 2 << 20);
+  return m;
 }
 
 int64_t forward_workspace(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output&) {
