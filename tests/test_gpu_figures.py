@@ -111,7 +111,7 @@ def test_every_group_is_written_when_it_is_done(record, tmp_path: Path, monkeypa
     )
     clock = iter([0.0, 1.0, 2.0, 9.0])
     monkeypatch.setattr(record.time, "monotonic", lambda: next(clock))
-    console = Console(width=200, record=True)
+    console = Console(width=1000, record=True)  # a path may be long
     monkeypatch.setattr(record.tables, "ProgressBar", lambda *a: _Quiet())
     record.measure(groups, chosen, console, deadline=5.0)
     assert seen == [1, 2]

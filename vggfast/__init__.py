@@ -10,6 +10,7 @@ import torch as _torch  # noqa: F401  (loads the libraries that _C is linked to)
 
 from vggfast import losses, ops, switches
 from vggfast._C import build_info as _build_info
+from vggfast.allocator import keep_freed_memory
 from vggfast.dense import to_dense
 from vggfast.explanation import Explanation, explain
 from vggfast.fused import FusedSequential, convert
@@ -74,6 +75,7 @@ __all__ = [
     "descriptors",
     "explain",
     "features",
+    "keep_freed_memory",
     "load_model",
     "load_weights",
     "losses",

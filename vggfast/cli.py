@@ -296,8 +296,8 @@ def train(
 def _train(
     data: str | None, output: Path | None, preset: str | None, said: dict[str, Any], resume: bool, overwrite: bool
 ) -> None:
+    from vggfast.allocator import keep_freed_memory
     from vggfast.recipes.distributed import rank
-    from vggfast.recipes.memory import keep_freed_memory
     from vggfast.recipes.progress import ProgressBar
     from vggfast.recipes.train import fit
 

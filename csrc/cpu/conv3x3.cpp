@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "checks.h"
+#include "cpu/bias.h"
 #include "cpu/dtypes.h"
 #include "cpu/isa.h"
 #include "cpu/schedule.h"
@@ -73,17 +74,6 @@ Filters mirrored(const Filters& w) {
   const int64_t size = bytes_of(w.dtype);
   const char* last_tap = static_cast<const char*>(w.data) + 2 * (w.stride_r + w.stride_s) * size;
   return {w.dtype, w.in, w.out, last_tap, w.stride_in, w.stride_out, -w.stride_r, -w.stride_s};
-}
-
-// fp32, padded with zeros so that kernels read whole vectors.
-std::vector<float> bias_values(const MaybeTensor& bias) {
-  if (!bias) return {};
-  std::vector<float> values(round_up(bias->size(0), 64), 0.f);
-  with_type(dtype_of(*bias), [&](auto* type) {
-    const auto* p = static_cast<const std::remove_pointer_t<decltype(type)>*>(bias->const_data_ptr());
-    for (int64_t i = 0; i < bias->size(0); ++i) values[i] = to_float(p[i * bias->stride(0)]);
-  });
-  return values;
 }
 
 Tensor empty_argmax(const Tensor& like, bool wanted, int64_t n, int64_t c, int64_t h, int64_t w) {

@@ -62,15 +62,13 @@ static inline void direct_row(const float* rows, int64_t width, int64_t in, cons
                               const Finish& finish) {
   const int64_t row_size = (width + 2) * in, depth = 3 * in;
   if (3 * depth <= kDirectChain + 32) { // to 32 channels: one chain
-    const Product product{rows, in, 1, row_size, packed, kBlock, depth * kBlock, depth, 3, 0, 0, 0, (const char*)rows, 0};
+    const Product product{{rows, in, 1, row_size}, {packed, kBlock, depth * kBlock}, depth, 3};
     return for_each_row_block(width, product, StartAtZero(), finish);
   }
   const int64_t chains = (depth + kDirectChain - 1) / kDirectChain;
   for (int64_t i = 0; i < 3 * chains; ++i) {
     const int64_t r = i / chains, begin = depth * (i % chains) / chains, end = depth * (i % chains + 1) / chains;
-    const Product product{
-        rows + r * row_size + begin, in, 1, 0, packed + (r * depth + begin) * kBlock, kBlock, 0, end - begin, 1, 0, 0, 0,
-        (const char*)rows,           0};
+    const Product product{{rows + r * row_size + begin, in, 1, 0}, {packed + (r * depth + begin) * kBlock, kBlock, 0}, end - begin};
     for_each_row_block(width, product, StartAtZero(), [&](int64_t w, const Vec(&acc)[kVecs]) {
       float* part = parts + w * kBlock;
       Vec sums[kVecs];
@@ -169,8 +167,7 @@ static void few_rows(const Image& x, const float* packed, const Output& out, int
     for (int64_t k = 0; k < columns; k += kBlock)
       for (int64_t c = 0; c < x.c; c += kDirectChain) {
         const int64_t depth = x.c - c < kDirectChain ? x.c - c : kDirectChain;
-        const Product product{row + c,          x.c, 1, 0, packed + k * x.c + c * kBlock, kBlock, 0, depth, 1, kRows * x.c, 16, 0,
-                              (const char*)row, 0};
+        const Product product{{row + c, x.c, 1, 0}, {packed + k * x.c + c * kBlock, kBlock, 0}, depth, 1, {kRows * x.c, 16, 0}};
         for_each_row_block(pixels, product, StartAtZero(), [&](int64_t w, const Vec(&acc)[kVecs]) {
           for (int v = 0; v < kVecs; ++v) {
             float* p = of_row + w * columns + k + v * Vec::width;
@@ -229,7 +226,7 @@ static void direct_grad_rows(const Image& x, const Image& dz, int64_t begin, int
     for (int r = 0; r < 3; ++r)
       for (int64_t k = 0; k < padded; k += kBlock) {
         const float* row = scratch + (h - 1 + r + 3) % 3 * row_size;
-        const Product product{row, 1, x.c, 0, gradient + k, padded, 0, x.w, 1, 0, 0, 0, (const char*)gradient, 0};
+        const Product product{{row, 1, x.c, 0}, {gradient + k, padded, 0}, x.w};
         for_each_row_block(3 * x.c, product, StartAtZero(), [&](int64_t tap, const Vec(&acc)[kVecs]) {
           float* p = sum + (r * 3 * x.c + tap) * padded + k;
           for (int v = 0; v < kVecs; ++v) (Vec::load(p + v * Vec::width) + acc[v]).store(p + v * Vec::width);

@@ -3,20 +3,28 @@
 //   Winograd grad_weight:  rows are input channels, depth is tiles
 //   direct:                rows are pixels,         depth is (tap column, input channel), one segment per tap row
 
-// sum over segments s and depth d of a[row * a_row + s * a_segment + d * a_depth] * b[s * b_segment + d * b_depth + channel]
+// sum over segments s and depth d of a[row * a.row + s * a.segment + d * a.depth] * b[s * b.segment + d * b.depth + channel]
 struct Product {
-  const float* a;
-  int64_t a_row, a_depth, a_segment;
-  const float* b;
-  int64_t b_depth, b_segment;
+  struct {
+    const float* data;
+    int64_t row, depth, segment;
+  } a;
+  struct {
+    const float* data;
+    int64_t depth, segment;
+  } b;
   int64_t depth;
-  int segments;
-  // What is read soon after, for prefetching: from a[row of the block * a_row + ahead] on, ahead_step floats for each step of
-  // depth, and ahead_turn more after every sixteen steps, which use up a line of each row; with several steps at once, never.
-  int64_t ahead, ahead_step, ahead_turn;
-  // What the layer needs after these products, spread evenly over them: later_row bytes for each row of a.
-  const char* later;
-  int64_t later_row;
+  int segments = 1;
+  // What is read soon after, for prefetching: from a.data[row of the block * a.row + distance] on, `step` floats for each step of
+  // depth, and `turn` more after every sixteen steps, which use up a line of each row; with several steps at once, never.
+  struct {
+    int64_t distance, step, turn;
+  } ahead = {};
+  // What the layer needs after these products, spread evenly over them: `row` bytes for each row of a.
+  struct {
+    const char* data;
+    int64_t row;
+  } later = {(const char*)a.data, 0};
 };
 static constexpr int kAhead = 24; // steps of depth: about 700 cycles, the latency of DRAM
 
@@ -39,9 +47,9 @@ template <int rows>
 #pragma GCC unroll 4
   for (int v = 0; v < kVecs; ++v) channels[v] = Vec::load(b + v * Vec::width);
   // Hardware prefetchers stop at each 4 KB; the loads have room for this.
-  for (int line = 0; line < kBlock; line += 16) __builtin_prefetch(b + kAhead * p.b_depth + line);
+  for (int line = 0; line < kBlock; line += 16) __builtin_prefetch(b + kAhead * p.b.depth + line);
 #pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) multiply_row(a[r * p.a_row], channels, acc[r]);
+  for (int r = 0; r < rows; ++r) multiply_row(a[r * p.a.row], channels, acc[r]);
 }
 
 template <int rows, int at_once, class Start, class Finish>
@@ -51,34 +59,34 @@ static void multiply_rows(const Product& p, int64_t first_row, const Start& star
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) acc[r][v] = start(first_row + r, v);
-  const float* ahead = p.a + first_row * p.a_row + p.ahead;
-  const char* later = p.later + first_row * p.later_row;
-  const int64_t later_step = at_once * rows * p.later_row / p.depth;
+  const float* ahead = p.a.data + first_row * p.a.row + p.ahead.distance;
+  const char* later = p.later.data + first_row * p.later.row;
+  const int64_t later_step = at_once * rows * p.later.row / p.depth;
   const float *a = nullptr, *b = nullptr;
   for (int s = 0; s < p.segments; ++s) {
-    a = p.a + first_row * p.a_row + s * p.a_segment;
-    b = p.b + s * p.b_segment;
+    a = p.a.data + first_row * p.a.row + s * p.a.segment;
+    b = p.b.data + s * p.b.segment;
     const int64_t steps = s + 1 < p.segments ? p.depth : p.depth - 1;
-    for (int64_t d = 0; d < steps; ahead += p.ahead_turn) {
+    for (int64_t d = 0; d < steps; ahead += p.ahead.turn) {
       const int64_t turn = at_once == 1 && d + 16 < steps ? d + 16 : steps;
       for (; d + at_once <= turn; d += at_once) {
         __builtin_prefetch(later, 0, 2);
         later += later_step;
 #pragma GCC unroll 4
-        for (int step = 0; step < at_once; ++step, a += p.a_depth, b += p.b_depth, ahead += p.ahead_step) {
+        for (int step = 0; step < at_once; ++step, a += p.a.depth, b += p.b.depth, ahead += p.ahead.step) {
           __builtin_prefetch(ahead, 0, 2);
           multiply_step<rows>(p, a, b, acc);
           if constexpr (at_once > 1) asm volatile("" ::: "memory"); // loads moved across steps would need registers
         }
       }
       if constexpr (at_once > 1)
-        for (; d < turn; ++d, a += p.a_depth, b += p.b_depth) multiply_step<rows>(p, a, b, acc);
+        for (; d < turn; ++d, a += p.a.depth, b += p.b.depth) multiply_step<rows>(p, a, b, acc);
     }
   }
   // The last step by itself, each row finished at once: stores take twice as long as products, and would come all together.
   // Copies, since a store might have changed what others see: it would be loaded again for each vector.
   const Finish finish_row = finish;
-  const int64_t a_row = p.a_row;
+  const int64_t a_row = p.a.row;
   Vec channels[kVecs];
 #pragma GCC unroll 4
   for (int v = 0; v < kVecs; ++v) channels[v] = Vec::load(b + v * Vec::width);

@@ -1,5 +1,6 @@
 // The CPU ops of fully connected layers: validate, allocate, pack, run on torch's threads.
 #include "checks.h"
+#include "cpu/bias.h"
 #include "cpu/dtypes.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
@@ -70,12 +71,8 @@ Tensor linear(const Tensor& x, const Tensor& weight_any, const MaybeTensor& bias
   const Tensor weight = with_adjacent_columns(weight_any);
   const Kernels& k = kernels();
   const int64_t rows = x.size(0), out = weight.size(0), packed_row = round_up(x.size(1), k.width);
-  std::vector<float> biases(bias ? out : 0), sums(rows * out);
-  if (bias)
-    with_type(dtype_of(*bias), [&](auto* type) {
-      const auto* p = static_cast<const std::remove_pointer_t<decltype(type)>*>(bias->const_data_ptr());
-      for (int64_t o = 0; o < out; ++o) biases[o] = to_float(p[o * bias->stride(0)]);
-    });
+  const std::vector<float> biases = bias_values(bias);
+  std::vector<float> sums(rows * out);
   // More rows than the kernel takes go in parts of about one size.
   const int64_t parts = ceil_div(rows, kLinearRows), jobs = ceil_div(out, job_outs);
   const Workspace packed(rows * packed_row);

@@ -150,26 +150,30 @@ bool forward_tile_fused(const Kernels& k, const Plan& plan, const Image& x, cons
   return finite;
 }
 
-void shared_input(const Kernels& k, const Image& x, const TileRange& tiles, const Points& v, bool stream,
-                  const Parallel& parallel) {
-  const int64_t share = 4, count = tiles.end - tiles.begin;
-  parallel(ceil_div(count, share), [&](int64_t i) {
-    const int64_t begin = i * share, end = std::min(begin + share, count);
-    k.winograd_input(x, {tiles.grid, tiles.begin + begin, tiles.begin + end}, v.from(begin), stream);
-  });
+// Pass by pass over the tiles: all threads make V of as many as the plan says, and then use it.
+template <class Use>
+void shared_input(const Kernels& k, const Plan& plan, const Image& x, const Points& v, bool stream, const Parallel& parallel,
+                  const Use& use) {
+  const TileGrid grid = tile_grid(x.n, x.h, x.w, plan.edges);
+  const int64_t share = 4;
+  for (int64_t first = 0; first < grid.count(); first += plan.tiles) {
+    const TileRange tiles{grid, first, std::min(first + plan.tiles, grid.count())};
+    parallel(ceil_div(tiles.count(), share), [&](int64_t i) {
+      const int64_t begin = i * share, end = std::min(begin + share, tiles.count());
+      k.winograd_input(x, {grid, first + begin, first + end}, v.from(begin), stream);
+    });
+    use(tiles);
+  }
 }
 
-// Pass by pass over the tiles, all threads make V; then each takes blocks of output channels. U of a block would not fit L2 beside
-// V and M, or is used by few tiles: it is made `depth` input channels at a time and used at once.
+// V is shared, and each thread takes blocks of output channels. U of a block would not fit L2 beside V and M, or is used by few
+// tiles: it is made `depth` input channels at a time and used at once.
 bool forward_channels_split(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out,
                             float* workspace, const Parallel& parallel) {
   const Sizes size(k, plan, x.c);
-  const TileGrid grid = tile_grid(x.n, x.h, x.w, plan.edges);
   const Points v{workspace, size.v_row, size.v_position};
   std::atomic<bool> finite{true};
-  for (int64_t begin = 0; begin < grid.count(); begin += plan.tiles) {
-    const TileRange tiles{grid, begin, std::min(begin + plan.tiles, grid.count())};
-    shared_input(k, x, tiles, v, true, parallel);
+  shared_input(k, plan, x, v, true, parallel, [&](const TileRange& tiles) {
     parallel(ceil_div(w.out, k.block), [&](int64_t b) {
       const Points m{scratch(size.m + size.u), k.block, size.m_position};
       float* u = m.data + size.m;
@@ -184,33 +188,30 @@ bool forward_channels_split(const Kernels& k, const Plan& plan, const Image& x, 
       }
       if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
     });
-  }
+  });
   return finite;
 }
 
-// U is made once; then, chunk by chunk of tiles, all threads make V, and each takes blocks of output channels of a part of the
-// chunk, whose M stays in its L2 while U and V stream past.
+// U is made once, V is shared, and each thread takes blocks of output channels of a part of the tiles, whose M stays in its L2
+// while U and V stream past.
 bool forward_chunks_split(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* workspace,
                           const Parallel& parallel) {
   const Sizes size(k, plan, x.c);
-  const TileGrid grid = tile_grid(x.n, x.h, x.w, plan.edges);
   const int64_t blocks = ceil_div(w.out, k.block);
   const Points v{workspace, size.v_row, size.v_position};
   float* u = workspace + size.v;
   std::atomic<bool> finite{true};
   all_filters(k, w, size.u, u, parallel);
-  for (int64_t begin = 0; begin < grid.count(); begin += plan.tiles) {
-    const TileRange tiles{grid, begin, std::min(begin + plan.tiles, grid.count())};
-    shared_input(k, x, tiles, v, false, parallel);
+  shared_input(k, plan, x, v, false, parallel, [&](const TileRange& tiles) {
     parallel(blocks * plan.splits, [&](int64_t job) {
       const int64_t b = job / plan.splits, part = job % plan.splits, count = tiles.count();
       const int64_t from = count * part / plan.splits;
-      const TileRange some{grid, begin + from, begin + count * (part + 1) / plan.splits};
+      const TileRange some{tiles.grid, tiles.begin + from, tiles.begin + count * (part + 1) / plan.splits};
       const Points m{scratch(size.m), k.block, size.m_position};
       for (int i = 0; i < 36; ++i) multiply(k, some, i, v.from(from), x.c, u + b * size.u, m);
       if (!k.winograd_output(m, some, b, out)) finite.store(false, std::memory_order_relaxed);
     });
-  }
+  });
   return finite;
 }
 

@@ -245,20 +245,14 @@ static void winograd_filters(const Filters& w, int64_t block, float* u, bool str
 static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int point, bool add,
                               const Soon& soon) {
   float *a = v.data + point * v.position, *out = m.data + point * m.position;
-  const Product product{a,
-                        v.row,
-                        1,
-                        0,
-                        u + point * filters_position(in, kBlock),
-                        kBlock,
-                        0,
+  // The next rows' V: a line of each, then their next lines. Several steps at once: along each row.
+  const int64_t step = kSteps > 1 ? 16 : v.row, turn = kSteps > 1 ? 0 : 16 - 16 * v.row;
+  const Product product{{a, v.row, 1, 0},
+                        {u + point * filters_position(in, kBlock), kBlock, 0},
                         in,
                         1,
-                        kRows * v.row,
-                        kSteps > 1 ? 16 : v.row, // the next rows' V: a line of each, then their next lines
-                        kSteps > 1 ? 0 : 16 - 16 * v.row,
-                        soon.bytes ? soon.data : (const char*)a,
-                        soon.bytes / tiles};
+                        {kRows * v.row, step, turn},
+                        {soon.bytes ? soon.data : (const char*)a, soon.bytes / tiles}};
   const auto finish = [out, row = m.row](int64_t t, const Vec(&acc)[kVecs]) {
     for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * row + k * Vec::width);
   };
@@ -375,7 +369,7 @@ static bool winograd_output(const Points& m, const TileRange& tiles, int64_t blo
 // S[in][kBlock] += V^T Z at one of the 36 points, for one block of output channels.
 static void winograd_accumulate(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
                                 float* s) {
-  const Product product{v, 1, v_row, 0, z, z_row, 0, tiles, 1, kAhead * v_row, v_row, 0, (const char*)v, 0};
+  const Product product{{v, 1, v_row, 0}, {z, z_row, 0}, tiles, 1, {kAhead * v_row, v_row, 0}};
   for_each_row_block<kSteps>(in, product, StartAtZero(), [s, first](int64_t c, const Vec(&acc)[kVecs]) {
     for (int k = 0; k < kVecs; ++k) {
       float* p = s + c * kBlock + k * Vec::width;

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vggfast.allocator import keep_freed_memory
 from vggfast.loading import LoadedModel
 from vggfast.recipes import RecipeError
 from vggfast.recipes.config import AMP_DTYPES
@@ -151,6 +152,7 @@ def predict(
 def _prepare(
     weights: list[str], preprocessing: str | None, device: str, threads: int | None
 ) -> tuple[torch.device, list[LoadedModel]]:
+    keep_freed_memory()
     place = choose_device(device)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -1,0 +1,40 @@
+"""``keep_freed_memory``: a tensor that follows one of its size finds memory that need not be cleared again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource, sys, torch, vggfast
+
+if sys.argv[1] == "keep" and not vggfast.keep_freed_memory():
+    raise SystemExit("this C library has no mallopt")
+for turn in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    torch.ones(32 << 20)  # 128 MB
+    after = resource.getrusage(resource.RUSAGE_SELF)
+print(after.ru_minflt - before.ru_minflt)
+"""
+
+
+def faults_of_the_second_tensor(how: str) -> int:
+    plain = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))
+    }
+    done = subprocess.run([sys.executable, "-c", SCRIPT, how], env=plain, capture_output=True, text=True, timeout=120)
+    if "no mallopt" in done.stderr:
+        pytest.skip("this C library has no mallopt")
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_memory_is_used_again() -> None:
+    """Pages are 2 MB at most where the system makes them huge."""
+    assert faults_of_the_second_tensor("plain") >= 64
+    assert faults_of_the_second_tensor("keep") < 8
