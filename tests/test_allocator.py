@@ -13,15 +13,18 @@ import resource, sys, torch, vggfast
 
 if sys.argv[1] == "keep" and not vggfast.keep_freed_memory():
     raise SystemExit("this C library has no mallopt")
-for turn in range(2):
-    before = resource.getrusage(resource.RUSAGE_SELF)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(32 << 20)  # 128 MB
-    after = resource.getrusage(resource.RUSAGE_SELF)
-print(after.ru_minflt - before.ru_minflt)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+faults()
+print(min(faults() for turn in range(5)))  # something small may take a piece of the first one's place
 """
 
 
-def faults_of_the_second_tensor(how: str) -> int:
+def faults_of_a_later_tensor(how: str) -> int:
     plain = {
         name: value
         for name, value in os.environ.items()
@@ -36,5 +39,5 @@ def faults_of_the_second_tensor(how: str) -> int:
 
 def test_memory_is_used_again() -> None:
     """Pages are 2 MB at most where the system makes them huge."""
-    assert faults_of_the_second_tensor("plain") >= 64
-    assert faults_of_the_second_tensor("keep") < 8
+    assert faults_of_a_later_tensor("plain") >= 64
+    assert faults_of_a_later_tensor("keep") < 8
