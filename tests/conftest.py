@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # threads of several processes that wait by spinning would take each other's cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
+# Threads of several processes that wait by spinning would take each other's cores. Read when torch is loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from on_device import on_gpu

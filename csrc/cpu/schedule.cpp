@@ -316,7 +316,7 @@ bool grad_weight_winograd(const Kernels& k, const Plan& plan, const Image& x, co
 } // namespace
 
 Machine machine(const Kernels& k, int threads) {
-  // 0 where the system does not tell. More than 2 MB has not been measured, and emulated processors may tell more than there is.
+  // 0 where the system does not tell. More than 2 MB has not been measured, and a virtual machine may tell more than there is.
   static const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
   Machine m{k.width, k.block, k.rows, threads, k.amx_rows != nullptr};
   if (l2 > 0) m.l2 = std::min<int64_t>(l2, 2 << 20);
