@@ -2,7 +2,9 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <optional>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/amx.h"
 #include "cpu/dtypes.h"

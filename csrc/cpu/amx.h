@@ -23,9 +23,9 @@ struct AmxShape {
   int64_t band(int64_t height, int64_t width) const {
     return (round_up(height, 2) + 2) * row(width) + (columns * pixels - width) * pitch;
   }
-  // Floats of a job's memory: the sums of two tiles in two rows, where steps begin, the band.
+  // Floats of a job's memory: twice the sums of two tiles in two rows, where steps begin, the band.
   int64_t floats(int64_t height, int64_t width) const {
-    return 2 * 16 * 32 + 2 * round_up(steps, 8) + ceil_div(band(height, width), 2);
+    return 2 * 2 * 16 * 32 + 2 * round_up(steps, 8) + ceil_div(band(height, width), 2);
   }
   // From the pixel above and left of an output to the first value of a step. Taps follow each other within 32 channels, so that
   // nine steps read the same lines.

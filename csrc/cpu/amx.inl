@@ -73,90 +73,135 @@ static void amx_filters(const Filters& w, int64_t block, BFloat16* packed) {
   }
 }
 
-// sums[2 rows][16 pixels][kAmxBlock] of a tile of pixels in two output rows, whose windows begin at `pixels`.
+// The results of one tile of pixels in two output rows, made of its sums, [2 rows][16 pixels][kAmxBlock], two pixels of each row at
+// a time.
+class AmxResults {
+public:
+  // The pixels [w, w + count) in rows h and h + 1, as far as the image has them, and a block of channels from k on.
+  AmxResults(const Output& out, const float* sums, int64_t n, int64_t h, int64_t w, int64_t count, int64_t k)
+      : out(out), sums(sums), k(k), second(out.c - k > Vec::width), first_epilogue(out, k),
+        second_epilogue(out, second ? k + Vec::width : k), rows(h + 2 <= out.h ? 2 : 1),
+        columns(w + count <= out.w ? count : out.w - w) {
+    if (out.pool) {
+      columns = rows == 2 ? columns / 2 * 2 : 0;
+      pixel = (n * (out.h / 2) + h / 2) * (out.w / 2) + w / 2;
+    } else {
+      pixel = (n * out.h + h) * out.w + w;
+    }
+  }
+  int64_t count() const { return columns; }
+
+  void store(int64_t column) const { // and the one after it
+    if (out.pool) {
+      store_window(pixel + column / 2, k, first_epilogue, sums + column * kAmxBlock);
+      if (second) store_window(pixel + column / 2, k + Vec::width, second_epilogue, sums + column * kAmxBlock + Vec::width);
+      return;
+    }
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t i = column; i < column + 2 && i < columns; ++i)
+        store_pixel((BFloat16*)out.data + (pixel + row * out.w + i) * out.c + k, sums + (row * 16 + i) * kAmxBlock);
+  }
+
+private:
+  void store_window(int64_t to, int64_t channel, const Epilogue& epilogue, const float* p) const {
+    constexpr int64_t right = kAmxBlock, below = 16 * kAmxBlock;
+    store_pooled<BFloat16>(out, to, channel, lanes_from(channel, out.c), epilogue(Vec::load(p)), epilogue(Vec::load(p + right)),
+                           epilogue(Vec::load(p + below)), epilogue(Vec::load(p + below + right)));
+  }
+  void store_pixel(BFloat16* to, const float* p) const {
+    const Vec a = first_epilogue(Vec::load(p));
+    if (!second) return store_lanes(a, to, lanes_from(k, out.c));
+    const Vec b = second_epilogue(Vec::load(p + Vec::width));
+    if (out.stream) return Vec::stream_pair(a, b, to);
+    a.store(to);
+    store_lanes(b, to + Vec::width, lanes_from(k + Vec::width, out.c));
+  }
+
+  const Output& out;
+  const float* sums;
+  int64_t k;
+  bool second; // vector of channels
+  Epilogue first_epilogue, second_epilogue;
+  int64_t rows, columns, pixel;
+};
+
+// What the vector units do while the tile registers multiply, a little with each step: they store the results of the tile before,
+// and ask for the next block's filters, which come from beyond L2 where a layer has many.
+struct AmxMeanwhile {
+  int64_t lines; // of filters, a step
+  const BFloat16* filters = nullptr;
+  std::optional<AmxResults> results = {};
+  int64_t stored = 0, due = 0;
+
+  void begin(const AmxResults& next) {
+    results.emplace(next);
+    stored = 0, due = 0;
+  }
+  void step(int64_t steps) {
+    for (int64_t line = 0; line < lines; ++line, filters += 32) __builtin_prefetch(filters, 0, 2);
+    if (!results) return;
+    for (due += results->count(); due >= 2 * steps && stored < results->count(); due -= 2 * steps, stored += 2)
+      results->store(stored);
+  }
+  void finish() {
+    if (!results) return;
+    for (; stored < results->count(); stored += 2) results->store(stored);
+  }
+};
+
+// sums of a tile of pixels in two output rows, whose windows begin at `pixels`.
 template <int tiles>
 static inline void amx_multiply(const BFloat16* pixels, int64_t row_size, const AmxShape& shape, const int64_t* offsets,
-                                const BFloat16* filters, float* sums) {
-  constexpr int ahead = 4 * kAmxTile; // two steps
-  const int64_t pixel_bytes = shape.pitch * sizeof(BFloat16);
+                                const BFloat16* filters, float* sums, AmxMeanwhile& meanwhile) {
+  const int64_t pixel_bytes = shape.pitch * sizeof(BFloat16), steps = shape.steps;
   Tiles::zero<0>(), Tiles::zero<2>();
   if (tiles == 2) Tiles::zero<1>(), Tiles::zero<3>();
-  for (int64_t step = 0; step < shape.steps; ++step, filters += 2 * kAmxTile) {
+  for (int64_t step = 0; step < steps; ++step, filters += 2 * kAmxTile) {
     const BFloat16* p = pixels + offsets[step];
     Tiles::load<6>(filters, 64);
     Tiles::load<4>(p, pixel_bytes);
     Tiles::multiply<0, 4, 6>();
     Tiles::load<5>(p + row_size, pixel_bytes);
     Tiles::multiply<2, 5, 6>();
-    for (int i = 0; i < tiles * kAmxTile; i += 32) __builtin_prefetch(filters + ahead + i); // from L2
     if (tiles == 2) {
       Tiles::load<7>(filters + kAmxTile, 64);
       Tiles::multiply<1, 4, 7>();
       Tiles::multiply<3, 5, 7>();
     }
+    meanwhile.step(steps);
   }
   constexpr int64_t sum_bytes = kAmxBlock * sizeof(float);
   Tiles::store<0>(sums, sum_bytes), Tiles::store<2>(sums + 16 * kAmxBlock, sum_bytes);
   if (tiles == 2) Tiles::store<1>(sums + 16, sum_bytes), Tiles::store<3>(sums + 16 * kAmxBlock + 16, sum_bytes);
 }
 
-// Pooled results of the pixels [w, w + count) in rows h and h + 1.
-static inline void amx_store_pooled(const Output& out, int64_t n, int64_t h, int64_t w, int64_t count, int64_t k0,
-                                    const float* sums) {
-  constexpr int64_t below = 16 * kAmxBlock;
-  const int64_t pooled_w = out.w / 2, first = (n * (out.h / 2) + h / 2) * pooled_w;
-  for (int64_t k = k0; k < out.c && k < k0 + kAmxBlock; k += Vec::width, sums += Vec::width) {
-    const int lanes = lanes_from(k, out.c);
-    const Epilogue epilogue(out, k);
-    const auto result = [&](int64_t i) { return epilogue(Vec::load(sums + i)); };
-    for (int64_t i = 0; i < count && w + i + 1 < out.w && h + 1 < out.h; i += 2)
-      store_pooled<BFloat16>(out, first + (w + i) / 2, k, lanes, result(i * kAmxBlock), result((i + 1) * kAmxBlock),
-                             result(below + i * kAmxBlock), result(below + (i + 1) * kAmxBlock));
-  }
-}
-
-// Results of the pixels [w, w + count) in rows h and, where the image has it, h + 1.
-static inline void amx_store(const Output& out, int64_t n, int64_t h, int64_t w, int64_t count, int64_t k0, const float* sums) {
-  if (out.pool) return amx_store_pooled(out, n, h, w, count, k0, sums);
-  const int lanes = lanes_from(k0, out.c);
-  const int more = out.c - k0 - Vec::width <= 0 ? 0 : lanes_from(k0 + Vec::width, out.c);
-  const Epilogue first(out, k0), second(out, more > 0 ? k0 + Vec::width : k0);
-  for (int64_t row = 0; row < 2 && h + row < out.h; ++row) {
-    BFloat16* p = (BFloat16*)out.data + ((n * out.h + h + row) * out.w + w) * out.c + k0;
-    const float* sum = sums + row * 16 * kAmxBlock;
-    for (int64_t i = 0; i < count && w + i < out.w; ++i, p += out.c, sum += kAmxBlock) {
-      const Vec a = first(Vec::load(sum)), b = second(Vec::load(sum + Vec::width));
-      if (out.stream) {
-        Vec::stream_pair(a, b, p);
-        continue;
-      }
-      store_lanes(a, p, lanes);
-      if (more > 0) store_lanes(b, p + Vec::width, more);
-    }
-  }
-}
-
 // Output rows [h_begin, h_end) of image n and blocks [begin, end) of its channels; h_begin is even. scratch: AmxShape::floats().
 static void amx_rows(const Image& x, const BFloat16* packed, const Output& out, int64_t n, int64_t h_begin, int64_t h_end,
                      int64_t begin, int64_t end, float* scratch) {
   const AmxShape shape(x.c, x.w);
-  const int64_t row_size = shape.row(x.w);
-  float* sums = scratch;
-  int64_t* offsets = (int64_t*)(scratch + 2 * 16 * kAmxBlock);
+  const int64_t row_size = shape.row(x.w), size = shape.steps * 2 * kAmxTile;
+  float *sums = scratch, *last_sums = sums + 2 * 16 * kAmxBlock;
+  int64_t* offsets = (int64_t*)(scratch + 2 * 2 * 16 * kAmxBlock);
   BFloat16* band = (BFloat16*)(offsets + round_up(shape.steps, 8));
   for (int64_t step = 0; step < shape.steps; ++step) offsets[step] = shape.offset(step, row_size);
   for (int64_t h = h_begin - 1; h <= h_begin + round_up(h_end - h_begin, 2); ++h)
     amx_load_row(x, n, h, shape, band + (h - h_begin + 1) * row_size);
   Tiles::configure(int(shape.pixels), int(shape.depth));
+  const int64_t tiles = ceil_div(h_end - h_begin, 2) * shape.columns, block_bytes = size * sizeof(BFloat16);
+  AmxMeanwhile meanwhile{block_bytes * (end - begin) > 512 * 1024 ? ceil_div(block_bytes / 64, tiles * shape.steps) : 0};
   for (int64_t block = begin; block < end; ++block) {
-    const BFloat16* filters = packed + block * shape.steps * 2 * kAmxTile;
+    const BFloat16* filters = packed + block * size;
+    meanwhile.filters = packed + (block + 1 < end ? block + 1 : begin) * size;
     const auto multiply = out.c - block * kAmxBlock > 16 ? amx_multiply<2> : amx_multiply<1>;
     for (int64_t h = h_begin; h < h_end; h += 2)
       for (int64_t w = 0; w < x.w; w += shape.pixels) {
-        multiply(band + (h - h_begin) * row_size + w * shape.pitch, row_size, shape, offsets, filters, sums);
-        amx_store(out, n, h, w, shape.pixels, block * kAmxBlock, sums);
+        multiply(band + (h - h_begin) * row_size + w * shape.pitch, row_size, shape, offsets, filters, sums, meanwhile);
+        meanwhile.finish();
+        meanwhile.begin({out, sums, n, h, w, shape.pixels, block * kAmxBlock});
+        std::swap(sums, last_sums);
       }
   }
+  meanwhile.finish();
   Tiles::release();
   if (out.stream) fence_streams();
 }

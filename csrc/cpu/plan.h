@@ -80,7 +80,7 @@ inline Plan plan_direct(int64_t in, int64_t h, int64_t w, const char* reason) {
 // AMX: a thread keeps a padded band in L2, beside the filters of a block of output channels, and passes over it block by block. Few
 // and small bands do not give all threads work: they then take ranges of the output channels as well.
 inline Plan plan_amx(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m) {
-  const int64_t row_bytes = AmxShape(in, w).row(w) * 2, fitting = (1 << 20) / row_bytes - 2, rows = round_up(h, 2);
+  const int64_t row_bytes = AmxShape(in, w).row(w) * 2, fitting = (1 << 19) / row_bytes - 2, rows = round_up(h, 2);
   int64_t band = std::min(std::max<int64_t>(fitting / 2 * 2, 2), rows);
   while (band > 8 && n * ceil_div(h, band) < 8 * m.threads) band = round_up(band / 2, 2);
   const int64_t jobs = n * ceil_div(h, band), blocks = ceil_div(out, kAmxBlock);
