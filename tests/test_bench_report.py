@@ -93,6 +93,16 @@ def test_every_row_is_there_with_the_fastest_rival(data):
     assert "1.02× (1.02 to 1.02" in section
 
 
+def test_the_rival_is_chosen_by_the_ratio_round_by_round(data):
+    """Not by medians: of the second rival's slow rounds none is one of ours."""
+    group = "vgg16 inference fp32 batch 8"
+    of(data, group, "vggfast")["rounds"] = [8e-3, 8e-3, 8e-3, 10e-3, 20e-3]
+    of(data, group, "onnxruntime")["rounds"] = [19e-3] * 5
+    of(data, group, "openvino")["rounds"] = [10e-3, 10e-3, 22e-3, 22e-3, 22e-3]
+    row = report.compare(data, next(row for row in report.CPU_ROWS if row.what == "inference, float32, batch 8"))
+    assert (row.rival, row.ratio.median) == ("openvino", pytest.approx(1.25))
+
+
 def test_where_vggfast_loses_is_said(data):
     of(data, "conv4_1 forward fp32 batch 1", "torch NCHW")["seconds"]["median"] = 0.5e-3
     of(data, "memory: vgg16 training fp32 batch 8", "torch NCHW")["peak_bytes"] = 90_000_000

@@ -133,23 +133,21 @@ def _per_round(data: Json, row: Row, label: str) -> tuple[list[float], float] | 
 
 
 def compare(data: Json, row: Row) -> Comparison | None:
-    """The row's numbers, against the rival that is fastest (smallest); None where the results do not have it."""
+    """The row's numbers, against the rival whose ratio is the smallest; None where the results do not have it.
+
+    By the ratio, round by round, not by medians: on a busy machine two rivals' may lie closer than the minutes between them.
+    """
     ours = _per_round(data, row, OURS)
     found = {rival: values for rival in row.rivals if (values := _per_round(data, row, rival))}
     if ours is None or not found:
         return None
-    best = min(found, key=lambda rival: spread(found[rival][0]).median)
+    against = {}
+    for rival, (theirs, _) in found.items():
+        length = min(len(ours[0]), len(theirs))
+        against[rival] = ratios(theirs[:length], ours[0][:length])
+    best = min(against, key=lambda rival: against[rival].median)
     theirs, error = found[best]
-    length = min(len(ours[0]), len(theirs))
-    return Comparison(
-        row,
-        best,
-        spread(ours[0]).median,
-        spread(theirs).median,
-        ratios(theirs[:length], ours[0][:length]),
-        ours[1],
-        error,
-    )
+    return Comparison(row, best, spread(ours[0]).median, spread(theirs).median, against[best], ours[1], error)
 
 
 def control(data: Json) -> Spread | None:
