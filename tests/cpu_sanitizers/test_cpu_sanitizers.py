@@ -144,8 +144,8 @@ MUTATIONS = {
     ),
     "AMX's results past the last channel": Mutation(
         "amx.inl",
-        "store_lanes(b, p + Vec::width, more);",
-        "b.store(p + Vec::width);",
+        "store_lanes(b, to + Vec::width, lanes_from(k + Vec::width, out.c));",
+        "b.store(to + Vec::width);",
         "amx_emulated",
         "amx",
         "heap-buffer-overflow",
