@@ -4,6 +4,10 @@
 
 namespace vggfast::cpu {
 
+static constexpr int kAmxBlock = 32;                       // output channels, two tiles
+static constexpr int64_t kAmxTile = 16 * kAmxBlock;        // elements of a tile of filters: [16 pairs of values][16 outputs][2]
+static constexpr int64_t kAmxResults = 2 * 16 * kAmxBlock; // sums of a tile of pixels in two output rows, a block of channels each
+
 // A step multiplies pixels by filters over `depth` of their values: one tap of 32 input channels. Where a row of three taps has no
 // more values than that, as in a first layer, a step is that row.
 struct AmxShape {
@@ -19,13 +23,14 @@ struct AmxShape {
         pixels(round_up(ceil_div(width, columns), 2)) {}
 
   int64_t row(int64_t width) const { return (width + 2) * pitch; } // elements of a padded row
+  int64_t filters() const { return steps * 2 * kAmxTile; }         // elements of a block's packed filters
   // Elements of a padded band for `height` rows of output; the last tile of its last row may reach past it.
   int64_t band(int64_t height, int64_t width) const {
     return (round_up(height, 2) + 2) * row(width) + (columns * pixels - width) * pitch;
   }
   // Floats of a job's memory: twice the sums of two tiles in two rows, where steps begin, the band.
   int64_t floats(int64_t height, int64_t width) const {
-    return 2 * 2 * 16 * 32 + 2 * round_up(steps, 8) + ceil_div(band(height, width), 2);
+    return 2 * kAmxResults + 2 * round_up(steps, 8) + ceil_div(band(height, width), 2);
   }
   // From the pixel above and left of an output to the first value of a step. Taps follow each other within 32 channels, so that
   // nine steps read the same lines.
@@ -35,9 +40,7 @@ struct AmxShape {
   }
 };
 
-static constexpr int kAmxBlock = 32;                // output channels, two tiles
-static constexpr int64_t kAmxTile = 16 * kAmxBlock; // elements of a tile of filters: [16 pairs of values][16 outputs][2]
-static constexpr int64_t kAmxSums = 9 * 4 * 256;    // of a gradient of 32 x 32 filters: [9 taps][2][2] tiles of fp32
+static constexpr int64_t kAmxSums = 9 * 4 * 256; // of a gradient of 32 x 32 filters: [9 taps][2][2] tiles of fp32
 
 // The pixels of all images in one line for the gradient of the filters, which sums over them: a zero after each row, a row of zeros
 // after each image. What a tap reads beside a pixel then lies at a distance that is the same for all.

@@ -179,9 +179,9 @@ static inline void amx_multiply(const BFloat16* pixels, int64_t row_size, const 
 static void amx_rows(const Image& x, const BFloat16* packed, const Output& out, int64_t n, int64_t h_begin, int64_t h_end,
                      int64_t begin, int64_t end, float* scratch) {
   const AmxShape shape(x.c, x.w);
-  const int64_t row_size = shape.row(x.w), size = shape.steps * 2 * kAmxTile;
-  float *sums = scratch, *last_sums = sums + 2 * 16 * kAmxBlock;
-  int64_t* offsets = (int64_t*)(scratch + 2 * 2 * 16 * kAmxBlock);
+  const int64_t row_size = shape.row(x.w), size = shape.filters();
+  float *sums = scratch, *last_sums = sums + kAmxResults;
+  int64_t* offsets = (int64_t*)(scratch + 2 * kAmxResults);
   BFloat16* band = (BFloat16*)(offsets + round_up(shape.steps, 8));
   for (int64_t step = 0; step < shape.steps; ++step) offsets[step] = shape.offset(step, row_size);
   for (int64_t h = h_begin - 1; h <= h_begin + round_up(h_end - h_begin, 2); ++h)

@@ -7,27 +7,21 @@
 #include "cpu/scratch.h"
 
 namespace vggfast::cpu {
-namespace {
-
-int64_t filters_size(const Image& x) { // of one block, in elements
-  return AmxShape(x.c, x.w).steps * 2 * kAmxTile;
-}
-
-} // namespace
 
 int64_t amx_workspace(const Image& x, const Filters& w) {
-  return ceil_div(w.out, kAmxBlock) * filters_size(x) / 2;
+  return ceil_div(w.out, kAmxBlock) * AmxShape(x.c, x.w).filters() / 2;
 }
 
 void forward_amx(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* workspace,
                  const Parallel& parallel) {
+  const AmxShape shape(x.c, x.w);
   BFloat16* packed = reinterpret_cast<BFloat16*>(workspace);
   const int64_t blocks = ceil_div(w.out, kAmxBlock), bands = ceil_div(x.h, plan.band);
-  parallel(blocks, [&](int64_t b) { k.amx_filters(w, b, packed + b * filters_size(x)); });
+  parallel(blocks, [&](int64_t b) { k.amx_filters(w, b, packed + b * shape.filters()); });
   parallel(x.n * bands * plan.splits, [&](int64_t job) {
     const int64_t split = job % plan.splits, band = job / plan.splits, begin = band % bands * plan.band;
     k.amx_rows(x, packed, out, band / bands, begin, std::min(begin + plan.band, x.h), blocks * split / plan.splits,
-               blocks * (split + 1) / plan.splits, scratch(AmxShape(x.c, x.w).floats(plan.band, x.w)));
+               blocks * (split + 1) / plan.splits, scratch(shape.floats(plan.band, x.w)));
   });
 }
 

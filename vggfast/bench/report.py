@@ -19,7 +19,7 @@ TORCH = "torch channels_last"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ``groups`` are summed up, round by round; the fastest of ``rivals`` is compared with."""
+    """One line of the table. ``groups`` are summed up, round by round; the rival of the smallest ratio is compared with."""
 
     what: str
     groups: tuple[str, ...]
