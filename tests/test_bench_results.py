@@ -13,33 +13,36 @@ from vggfast.bench import BenchError, machine, results
 
 
 @pytest.mark.parametrize(
-    ("vendor", "family", "model", "name", "expected"),
+    ("vendor", "family", "model", "flags", "name", "expected"),
     [
-        ("AuthenticAMD", 25, 17, "AMD EPYC", "AMD EPYC (zen4)"),
-        ("AuthenticAMD", 26, 2, "AMD EPYC 9755 128-Core Processor", "AMD EPYC 9755 (zen5)"),
+        ("AuthenticAMD", 25, 1, "avx avx2", "AMD EPYC", "AMD EPYC (zen3)"),
+        ("AuthenticAMD", 25, 17, "avx avx2 avx512f", "AMD EPYC", "AMD EPYC (zen4)"),
+        ("AuthenticAMD", 25, 17, "avx avx2", "AMD EPYC", "AMD EPYC (zen4 without AVX-512)"),
+        ("AuthenticAMD", 26, 2, "avx512f", "AMD EPYC 9755 128-Core Processor", "AMD EPYC 9755 (zen5)"),
         (
             "GenuineIntel",
             6,
             143,
+            "avx512f",
             "Intel(R) Xeon(R) Platinum 8480C CPU @ 2.00GHz",
             "Intel Xeon Platinum 8480C (sapphirerapids)",
         ),
-        ("Other", 1, 1, "Some CPU", "Some"),
+        ("Other", 1, 1, "", "Some CPU", "Some"),
     ],
 )
-def test_the_name_of_a_processor(vendor, family, model, name, expected):
-    info = {"vendor_id": vendor, "cpu family": str(family), "model": str(model), "model name": name}
-    assert machine.cpu_name(info) == expected
+def test_the_name_of_a_processor(vendor, family, model, flags, name, expected):
+    fields = {"cpu family": str(family), "model": str(model), "model name": name, "flags": flags}
+    assert machine.cpu_name({"vendor_id": vendor, **fields}) == expected
 
 
-def test_the_folder_of_this_machine(monkeypatch):
-    monkeypatch.setattr(
-        machine,
-        "cpu_info",
-        lambda: {"vendor_id": "AuthenticAMD", "cpu family": "25", "model": "17", "model name": "AMD EPYC"},
-    )
+@pytest.mark.parametrize(
+    ("flags", "folder"), [("avx2 avx512f", "amd-epyc-zen4-2core"), ("avx2", "amd-epyc-zen4-without-avx-512-2core")]
+)
+def test_the_folder_of_this_machine(monkeypatch, flags, folder):
+    fields = {"cpu family": "25", "model": "17", "model name": "AMD EPYC", "flags": flags}
+    monkeypatch.setattr(machine, "cpu_info", lambda: {"vendor_id": "AuthenticAMD", **fields})
     monkeypatch.setattr(machine, "cores", lambda: 2)
-    assert machine.slug("cpu") == "amd-epyc-zen4-2core"
+    assert machine.slug("cpu") == folder
 
 
 def test_cpu_time_of_others_is_told_apart_from_that_of_the_active_worker():

@@ -136,8 +136,8 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
             1,
             edges};
   // V of a row block of tiles beyond L2, or U beyond what L3 keeps: U is then read once for as many tiles as M of a block of output
-  // channels stays in L2 for.
-  if (v_bytes > 768 * 1024 || u_bytes >= 16 << 20) {
+  // channels stays in L2 for. Row blocks of few tiles ask more of L3.
+  if (v_bytes > 768 * 1024 || u_bytes >= (m.rows < 8 ? 8 : 16) << 20) {
     const int64_t passes = ceil_div(tiles, 131), of_thread = ceil_div(tiles, round_up(passes, m.threads));
     if (of_thread >= 2 * m.rows)
       return {Algorithm::winograd, Schedule::tile_fused, of_thread, in, 1, 0, "few passes over so many filters", 1, edges};

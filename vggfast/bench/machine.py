@@ -23,6 +23,7 @@ AMD_ZEN = [
     (25, 0x00, 0x0F, "zen3"), (25, 0x20, 0x5F, "zen3"), (25, 0x10, 0x1F, "zen4"), (25, 0x60, 0xAF, "zen4"),
     (26, 0x00, 0xFF, "zen5"),
 ]  # fmt: skip
+WITHOUT_AVX512 = {"zen1", "zen2", "zen3"}  # of those named here
 INTEL = {85: "skylake", 106: "icelake", 143: "sapphirerapids", 207: "emeraldrapids", 173: "graniterapids"}
 PACKAGES = ["onnxruntime", "openvino", "ncnn", "pnnx", "onnx", "jax", "lpips", "numpy"]
 
@@ -38,10 +39,12 @@ def cpu_info() -> dict[str, str]:
 
 
 def cpu_name(info: dict[str, str]) -> str:
-    """As "AMD EPYC (Zen 4)" where the microarchitecture is known and not said already."""
+    """As "AMD EPYC (zen4)" where the microarchitecture is known; a hypervisor that hides AVX-512 makes another device of it."""
     name = re.sub(r"\((R|TM)\)|CPU|@.*|Processor|\d+-Core", "", info.get("model name", "unknown"))
     name = " ".join(name.split())
     arch = microarchitecture(info)
+    if arch and arch not in WITHOUT_AVX512 and "avx512f" not in info.get("flags", "").split():
+        arch += " without AVX-512"
     return f"{name} ({arch})" if arch else name
 
 
