@@ -83,7 +83,7 @@ Tensor linear(const Tensor& x, const Tensor& weight_any, const MaybeTensor& bias
     problems.back().bias = bias ? biases.data() : nullptr, problems.back().relu = relu;
     pack_rows(x, first(part), first(part + 1), k.width, packed.data() + first(part) * packed_row);
   }
-  const int64_t step = parts == 1 ? job_outs : 12; // of two parts the second then finds the weights in a cache
+  const int64_t step = parts == 1 ? job_outs : k.width < 16 ? 24 : 12; // of two parts the second then finds the weights in a cache
   parallel_jobs(jobs, [&](int64_t job) {
     for (int64_t begin = job * job_outs, end = std::min(begin + job_outs, out); begin < end; begin += step)
       for (int64_t part = 0; part < parts; ++part)

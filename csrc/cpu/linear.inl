@@ -1,10 +1,12 @@
 // Fully connected layers of few rows (a small batch): memory is the limit, so every weight is read, or written, once.
 //   rows are packed by vectors of columns: [in / width][rows][width], zero past the last column
 
-static constexpr int kSums = Vec::width == 16 ? 24 : 12; // accumulators that leave registers for the operands
-static constexpr int kBlocks = Vec::width == 16 ? 1 : 4; // of outputs that share a piece of x: where that is larger than L2
+static constexpr int kSums = Vec::width == 16 ? 24 : 12;    // accumulators that leave registers for the operands
+static constexpr int kTogether = Vec::width == 16 ? 1 : 24; // outputs that share a piece of x: where that is larger than L2
 static constexpr int kChain = 32;   // steps summed before their sum is added to the total: short chains round less
 static constexpr int kFetch = 2048; // bytes of each row of weights asked for ahead: hardware stops at each 4 KB
+// Into L1, or into L2 alone where so many rows are read in turn that those lines would have left L1 again.
+static constexpr int kFetchLevel = Vec::width == 16 ? 3 : 2;
 
 static inline float sum_of(Vec v) {
   alignas(64) float lanes[Vec::width];
@@ -32,7 +34,7 @@ static inline void add_chain(const Linear& l, const float* x, const T* weight, i
     for (int o = 0; o < outs; ++o) {
       const T* p = weight + o * l.weight_row + i * Vec::width;
       w[o] = Vec::load(p);
-      if constexpr (first == 0) __builtin_prefetch((const char*)p + kFetch);
+      if constexpr (first == 0) __builtin_prefetch((const char*)p + kFetch, 0, kFetchLevel);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < last - first; ++r) {
@@ -84,7 +86,7 @@ static inline void linear_block(const Linear& l, const float* x, int64_t o, floa
 template <class T, int rows>
 static void linear_rows(const Linear& l, const float* x, int64_t begin, int64_t end, float* y) {
   constexpr int at_once = kRowsAtOnce<rows>, outs = kSums / at_once > 8 ? 8 : kSums / at_once;
-  constexpr int blocks = rows > 4 ? kBlocks : 1;
+  constexpr int blocks = rows > 4 && kTogether > outs ? kTogether / outs : 1;
   int64_t o = begin;
   for (; o + blocks * outs <= end; o += blocks * outs) linear_block<T, blocks, outs, rows>(l, x, o, y);
   for (; o + outs <= end; o += outs) linear_block<T, 1, outs, rows>(l, x, o, y);
