@@ -7,6 +7,7 @@ Each function always gives torch's answer: a call that no fused kernel takes run
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as nn_grad
 
-from vggfast import dispatch, fake_kernels  # noqa: F401 (which registers them)
+from vggfast import dispatch, fake_kernels, late_gradients  # noqa: F401 (fake_kernels registers itself)
 from vggfast.cuda_plan import Decision, Gpu, Problem
 
 _ops = torch.ops.vggfast
@@ -112,6 +113,8 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> 
         cast = _cast_linear_operands(x, weight, bias)
         result: Tensor = _LinearFunction.apply(*cast, relu)  # type: ignore[no-untyped-call]
         return result
+    if late_gradients.pays(x, weight):
+        weight, bias = late_gradients.late(weight, bias)
     fused: Tensor = _ops.linear(x, weight, bias, relu)
     return fused
 
@@ -178,7 +181,7 @@ def _setup_conv3x3(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, weight, _, relu, pool, save_argmax = inputs
     y, argmax = output
     ctx.pool, ctx.size, ctx.argmax_saved = pool, x.shape[2:], save_argmax
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    ctx.needs = needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     # The input only for the filters' gradient, the filters only for the input's, the output only for the ReLU's mask.
     saved_x = x if needs_weight or needs_bias else None
     ctx.save_for_backward(saved_x, weight if needs_x else None, y if relu else None, argmax if pool else None)
@@ -192,11 +195,11 @@ def _backward_conv3x3(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor 
         raise RuntimeError(
             "vggfast::conv3x3: expected save_argmax=True for a pooled call that is differentiated, got False"
         )
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    needs_x, needs_weight, needs_bias = ctx.needs  # ctx.needs_input_grad is not safe in two threads over one graph
     if (
         torch.is_grad_enabled()
     ):  # create_graph: the same from torch's own operations, which have derivatives of any order
-        grad_x, grad_weight, grad_bias = _composed_backward(x, weight, y, argmax, grad, h, w, ctx.needs_input_grad)
+        grad_x, grad_weight, grad_bias = _composed_backward(x, weight, y, argmax, grad, h, w, ctx.needs)
         return grad_x, grad_weight, grad_bias, None, None, None
     c = x.shape[1] if weight is None else weight.shape[1]
     no_input, no_weight = _steps_without_kernel(
@@ -267,15 +270,16 @@ def _backward_max_pool2x2(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Ten
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, relu = inputs
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    ctx.weight_dtype = weight.dtype
+    ctx.needs = needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    ctx.weight_dtype, ctx.weight_shape, ctx.late = weight.dtype, weight.shape, late_gradients.is_late(weight)
     saved_x = x if needs_weight or needs_bias else None
+    weight = late_gradients.leaf(weight) if ctx.late else weight  # or its gradient might get a second part, to add
     ctx.save_for_backward(saved_x, weight if needs_x else None, output if relu else None)
 
 
 def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    needs_x, needs_weight, needs_bias = ctx.needs
     grad_x = grad_weight = grad_bias = None
     if torch.is_grad_enabled():  # create_graph
         if y is not None:
@@ -285,7 +289,10 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs_x:
         grad_x = _ops.linear_grad_input(grad, weight, y)
     if needs_weight or needs_bias:
-        grad_weight, grad_bias = _ops.linear_grad_weight(x, grad, y, ctx.weight_dtype == torch.float32)
+        make = partial(_ops.linear_grad_weight, x, grad, y, ctx.weight_dtype == torch.float32)
+        late = ctx.late and needs_weight
+        made = late_gradients.placeholders(grad, ctx.weight_shape, ctx.weight_dtype, make) if late else make()
+        grad_weight, grad_bias = made
     return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None
 
 
