@@ -290,9 +290,9 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = _ops.linear_grad_input(grad, weight, y)
     if needs_weight or needs_bias:
         make = partial(_ops.linear_grad_weight, x, grad, y, ctx.weight_dtype == torch.float32)
-        late = ctx.late and needs_weight
-        made = late_gradients.placeholders(grad, ctx.weight_shape, ctx.weight_dtype, make) if late else make()
-        grad_weight, grad_bias = made
+        grad_weight, grad_bias = (
+            late_gradients.placeholders(grad, ctx.weight_shape, ctx.weight_dtype, make) if ctx.late else make()
+        )
     return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None
 
 
