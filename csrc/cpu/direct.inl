@@ -119,10 +119,15 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
             continue;
           }
         }
-        direct_row(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
-          for (int v = 0; v < kVecs && v * Vec::width < rest; ++v)
-            store_lanes(epilogue[v](acc[v]), line + w * pixel + v * Vec::width, lanes_from(v * Vec::width, rest));
-        });
+        if (rest >= kBlock) // a vector cut short may be a call, for which all sums would have to leave their registers
+          direct_row(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
+            for (int v = 0; v < kVecs; ++v) epilogue[v](acc[v]).store(line + w * pixel + v * Vec::width);
+          });
+        else
+          direct_row(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
+            for (int v = 0; v < kVecs && v * Vec::width < rest; ++v)
+              store_lanes(epilogue[v](acc[v]), line + w * pixel + v * Vec::width, lanes_from(v * Vec::width, rest));
+          });
         continue;
       }
       if (h / 2 >= out.h / 2) continue; // an odd last row is in no window

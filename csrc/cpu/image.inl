@@ -61,15 +61,31 @@ static inline void clear(Patch<size>& patch) {
   for (int i = 0; i < size * size; ++i) Vec::zero().store(patch.data + i * Vec::width);
 }
 
+// The same of a patch inside the image and a whole vector of its channels: nothing is asked for each pixel.
+template <class T, int size, bool masked>
+static inline void load_inside(const Image& image, const T* data, const T* y, Patch<size>& patch) {
+  const int64_t row = image.stride_h, column = image.stride_w, y_row = image.y_stride_h, y_column = image.y_stride_w;
+  for (int64_t i = 0; i < size; ++i, data += row, y += masked ? y_row : 0)
+#pragma GCC unroll 6
+    for (int64_t j = 0; j < size; ++j) {
+      __builtin_prefetch(data + j * column + Vec::width);
+      const Vec g = Vec::load(data + j * column);
+      (masked ? open_gates(g, y + j * y_column, Vec::width) : g).store(patch.at(i, j));
+    }
+}
+
 // patch(i, j) = image[n, c..c+lanes, h0 + i, w0 + j], zero outside the image.
 template <class T, int size>
 static inline void load_patch(const Image& image, int64_t n, int64_t h0, int64_t w0, int64_t c, int lanes, Patch<size>& patch) {
   const Range rows = inside(h0, size, image.h), columns = inside(w0, size, image.w);
-  if (rows.begin > 0 || columns.begin > 0 || rows.end < size || columns.end < size) clear(patch);
+  const bool all = rows.begin == 0 && columns.begin == 0 && rows.end == size && columns.end == size;
+  if (!all) clear(patch);
   const int64_t h = h0 + rows.begin, w = w0 + columns.begin;
   const T* data = (const T*)image.data + n * image.stride_n + h * image.stride_h + w * image.stride_w + c;
   const T* y = (const T*)image.y;
   if (y) y += n * image.y_stride_n + h * image.y_stride_h + w * image.y_stride_w + c;
+  if (all && lanes == Vec::width)
+    return y ? load_inside<T, size, true>(image, data, y, patch) : load_inside<T, size, false>(image, data, y, patch);
   for (int64_t i = rows.begin; i < rows.end; ++i, data += image.stride_h, y += y ? image.y_stride_h : 0)
     for (int64_t j = columns.begin; j < columns.end; ++j) {
       const int64_t column = j - columns.begin;

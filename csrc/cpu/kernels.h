@@ -35,6 +35,7 @@ static inline int64_t filters_position(int64_t in, int64_t block) { // between t
 }
 
 static constexpr int kLinearRows = 8;       // that the forward kernel takes at most; the others take max_linear_rows
+static constexpr int kLinearOuts = 24;      // that share a piece of x at most
 static constexpr int kLinearColumns = 1024; // of a gradient that a call makes at most: they stay in L2 while the weights pass by
 static constexpr int kLinearPadding = 8;    // outputs that `grad` has past the last one, zero
 
@@ -63,7 +64,8 @@ struct Kernels {
   void (*few_rows)(const Image&, const float* packed, const Output&, int64_t n, int64_t h_begin, int64_t h_end, float* scratch);
   void (*direct_grad_rows)(const Image&, const Image& dz, int64_t begin, int64_t end, float* sum, double* bias, float* scratch);
 
-  void (*linear)(const Linear&, const float* x, int64_t begin, int64_t end, float* y);
+  // together: outputs that share a piece of x, kLinearOuts or less
+  void (*linear)(const Linear&, const float* x, int64_t begin, int64_t end, int together, float* y);
   void (*linear_grad_input)(const Linear&, const float* grad, int64_t begin, int64_t end, float* dx);
   void (*linear_grad_weight)(const Linear&, const float* x, const float* grad, int64_t begin, int64_t end, void* dw);
 

@@ -4,6 +4,7 @@
 #include "cpu/dtypes.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "cpu/schedule.h"
 #include "cpu/scratch.h"
 #include "torch_glue.h"
 
@@ -83,11 +84,12 @@ Tensor linear(const Tensor& x, const Tensor& weight_any, const MaybeTensor& bias
     problems.back().bias = bias ? biases.data() : nullptr, problems.back().relu = relu;
     pack_rows(x, first(part), first(part + 1), k.width, packed.data() + first(part) * packed_row);
   }
-  const int64_t step = parts == 1 ? job_outs : k.width < 16 ? 24 : 12; // of two parts the second then finds the weights in a cache
+  const int together = linear_together(machine(k, 1));
+  const int64_t step = parts == 1 ? job_outs : std::max(together, 12); // of two parts the second then finds the weights in a cache
   parallel_jobs(jobs, [&](int64_t job) {
     for (int64_t begin = job * job_outs, end = std::min(begin + job_outs, out); begin < end; begin += step)
       for (int64_t part = 0; part < parts; ++part)
-        k.linear(problems[part], packed.data() + first(part) * packed_row, begin, std::min(begin + step, end),
+        k.linear(problems[part], packed.data() + first(part) * packed_row, begin, std::min(begin + step, end), together,
                  sums.data() + first(part) * out);
   });
   Tensor y = empty_of(x, {rows, out}, x.scalar_type());

@@ -1,8 +1,7 @@
 // Fully connected layers of few rows (a small batch): memory is the limit, so every weight is read, or written, once.
 //   rows are packed by vectors of columns: [in / width][rows][width], zero past the last column
 
-static constexpr int kSums = Vec::width == 16 ? 24 : 12;    // accumulators that leave registers for the operands
-static constexpr int kTogether = Vec::width == 16 ? 1 : 24; // outputs that share a piece of x: where that is larger than L2
+static constexpr int kSums = Vec::width == 16 ? 24 : 12; // accumulators that leave registers for the operands
 static constexpr int kChain = 32;   // steps summed before their sum is added to the total: short chains round less
 static constexpr int kFetch = 2048; // bytes of each row of weights asked for ahead: hardware stops at each 4 KB
 // Into L1, or into L2 alone where so many rows are read in turn that those lines would have left L1 again.
@@ -47,23 +46,23 @@ static inline void add_chain(const Linear& l, const float* x, const T* weight, i
     for (int r = 0; r < last - first; ++r) total[o][first + r] = total[o][first + r] + chain[o][r];
 }
 
-// sums[o][r] = x[r] . weight[o], for blocks * outs rows of weights and all rows of x.
-template <class T, int blocks, int outs, int rows>
-static inline void dot_rows(const Linear& l, const float* x, const T* weight, float (&sums)[blocks * outs][rows]) {
+// sums[o][r] = x[r] . weight[o], for `count` rows of weights, which `outs` divides, and all rows of x.
+template <class T, int outs, int rows>
+static inline void dot_rows(const Linear& l, const float* x, const T* weight, int count, float (*sums)[rows]) {
   constexpr int at_once = kRowsAtOnce<rows>;
   const int64_t whole = l.in / Vec::width;
-  Vec total[blocks * outs][rows];
-  for (auto& of_out : total)
-    for (Vec& t : of_out) t = Vec::zero();
+  Vec total[kLinearOuts][rows];
+  for (int o = 0; o < count; ++o)
+    for (Vec& t : total[o]) t = Vec::zero();
   for (int64_t begin = 0; begin < whole; begin += kChain) {
     const int64_t end = begin + kChain < whole ? begin + kChain : whole;
-    for (int o = 0; o < blocks * outs; o += outs) {
+    for (int o = 0; o < count; o += outs) {
       add_chain<T, outs, rows, 0, at_once>(l, x, weight + o * l.weight_row, begin, end, total + o);
       if constexpr (at_once < rows) add_chain<T, outs, rows, at_once, rows>(l, x, weight + o * l.weight_row, begin, end, total + o);
     }
   }
   const int rest = int(l.in - whole * Vec::width);
-  for (int o = 0; o < blocks * outs; ++o)
+  for (int o = 0; o < count; ++o)
     for (int r = 0; r < rows; ++r) {
       if (rest)
         total[o][r] = fma(Vec::load(x + (whole * rows + r) * Vec::width),
@@ -72,11 +71,11 @@ static inline void dot_rows(const Linear& l, const float* x, const T* weight, fl
     }
 }
 
-template <class T, int blocks, int outs, int rows>
-static inline void linear_block(const Linear& l, const float* x, int64_t o, float* y) {
-  float sums[blocks * outs][rows];
-  dot_rows<T, blocks, outs, rows>(l, x, (const T*)l.weight + o * l.weight_row, sums);
-  for (int i = 0; i < blocks * outs; ++i)
+template <class T, int outs, int rows>
+static inline void linear_block(const Linear& l, const float* x, int64_t o, int count, float* y) {
+  float sums[kLinearOuts][rows];
+  dot_rows<T, outs, rows>(l, x, (const T*)l.weight + o * l.weight_row, count, sums);
+  for (int i = 0; i < count; ++i)
     for (int r = 0; r < rows; ++r) {
       const float v = sums[i][r] + (l.bias ? l.bias[o + i] : 0.f);
       y[r * l.out + o + i] = l.relu && v < 0.f ? 0.f : v; // NaN and -0.0 stay, as torch has it
@@ -84,20 +83,23 @@ static inline void linear_block(const Linear& l, const float* x, int64_t o, floa
 }
 
 template <class T, int rows>
-static void linear_rows(const Linear& l, const float* x, int64_t begin, int64_t end, float* y) {
+static void linear_rows(const Linear& l, const float* x, int64_t begin, int64_t end, int together, float* y) {
   constexpr int at_once = kRowsAtOnce<rows>, outs = kSums / at_once > 8 ? 8 : kSums / at_once;
-  constexpr int blocks = rows > 4 && kTogether > outs ? kTogether / outs : 1;
+  static_assert(outs <= kLinearOuts);
+  const int most = rows > 4 && together > outs ? together / outs * outs : outs; // of few rows a piece of x is in L1 anyway
   int64_t o = begin;
-  for (; o + blocks * outs <= end; o += blocks * outs) linear_block<T, blocks, outs, rows>(l, x, o, y);
-  for (; o + outs <= end; o += outs) linear_block<T, 1, outs, rows>(l, x, o, y);
-  for (; o < end; ++o) linear_block<T, 1, 1, rows>(l, x, o, y);
+  for (int count = most; o + outs <= end; o += count) {
+    if (end - o < count) count = int(end - o) / outs * outs;
+    linear_block<T, outs, rows>(l, x, o, count, y);
+  }
+  for (; o < end; ++o) linear_block<T, 1, rows>(l, x, o, 1, y);
 }
 
-// y[rows][out] of outputs [begin, end); rows is 1 to kLinearRows.
+// y[rows][out] of outputs [begin, end); rows is 1 to kLinearRows. together: outputs that share a piece of x, kLinearOuts or less.
 template <class T, int rows = kLinearRows>
-static void linear(const Linear& l, const float* x, int64_t begin, int64_t end, float* y) {
-  if (l.rows == rows) return linear_rows<T, rows>(l, x, begin, end, y);
-  if constexpr (rows > 1) linear<T, rows - 1>(l, x, begin, end, y);
+static void linear(const Linear& l, const float* x, int64_t begin, int64_t end, int together, float* y) {
+  if (l.rows == rows) return linear_rows<T, rows>(l, x, begin, end, together, y);
+  if constexpr (rows > 1) linear<T, rows - 1>(l, x, begin, end, together, y);
 }
 
 // dx[rows][kLinearColumns] of at most so many columns [begin, end); grad is [out][rows].

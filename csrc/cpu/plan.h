@@ -196,4 +196,10 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
           splits};
 }
 
+// Outputs of a fully connected layer that share a piece of x: their rows of weights are read in turn, a kilobyte or two of each.
+// Where L2 keeps little, few rows at a time are faster although x then comes from L3 more often.
+inline int linear_together(const Machine& m) {
+  return m.width == 16 ? 1 : m.l2 < 1 << 20 ? kLinearOuts / 4 : kLinearOuts;
+}
+
 } // namespace vggfast::cpu

@@ -39,8 +39,8 @@ static constexpr Kernels table = {
     [](const Image& x, const Image& dz, int64_t begin, int64_t end, float* sum, double* bias, float* scratch) {
       VGGFAST_TYPED(x.dtype, direct_grad_rows<T>(x, dz, begin, end, sum, bias, scratch));
     },
-    [](const Linear& l, const float* x, int64_t begin, int64_t end, float* y) {
-      VGGFAST_TYPED(l.dtype, linear<T>(l, x, begin, end, y));
+    [](const Linear& l, const float* x, int64_t begin, int64_t end, int together, float* y) {
+      VGGFAST_TYPED(l.dtype, linear<T>(l, x, begin, end, together, y));
     },
     [](const Linear& l, const float* grad, int64_t begin, int64_t end, float* dx) {
       VGGFAST_TYPED(l.dtype, linear_grad_input<T>(l, grad, begin, end, dx));
