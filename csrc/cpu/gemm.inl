@@ -34,59 +34,42 @@ struct StartAtZero {
   Vec operator()(int64_t, int) const { return Vec::zero(); }
 };
 
-// These two, not inlined, would pass their sums through memory.
+// What is known when a product is compiled: that steps of depth lie side by side in A, and B is packed in blocks; or that rows do.
+enum class Adjacent { unknown, depth, rows };
+
+// These, not inlined, would pass their sums through memory.
 [[gnu::always_inline]] static inline void multiply_row(float a, const Vec (&channels)[kVecs], Vec (&acc)[kVecs]) {
   const Vec x = Vec::set(a);
 #pragma GCC unroll 4
   for (int v = 0; v < kVecs; ++v) accumulate(acc[v], x, channels[v]);
 }
 
-template <int rows>
-[[gnu::always_inline]] static inline void multiply_step(const Product& p, const float* a, const float* b, Vec (&acc)[rows][kVecs]) {
+template <int rows, bool fetch = true>
+[[gnu::always_inline]] static inline void multiply_step(const float* a, int64_t a_row, const float* b, int64_t b_depth,
+                                                        Vec (&acc)[rows][kVecs]) {
   Vec channels[kVecs];
 #pragma GCC unroll 4
   for (int v = 0; v < kVecs; ++v) channels[v] = Vec::load(b + v * Vec::width);
   // Hardware prefetchers stop at each 4 KB; the loads have room for this.
-  for (int line = 0; line < kBlock; line += 16) __builtin_prefetch(b + kAhead * p.b.depth + line);
+  for (int line = 0; fetch && line < kBlock; line += 16) __builtin_prefetch(b + kAhead * b_depth + line);
 #pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) multiply_row(a[r * p.a.row], channels, acc[r]);
+  for (int r = 0; r < rows; ++r) multiply_row(a[r * a_row], channels, acc[r]);
 }
 
-template <int rows, int at_once, class Start, class Finish>
-static void multiply_rows(const Product& p, int64_t first_row, const Start& start, const Finish& finish) {
-  Vec acc[rows][kVecs];
+template <int rows, class Start>
+[[gnu::always_inline]] static inline void start_rows(int64_t first_row, const Start& start, Vec (&acc)[rows][kVecs]) {
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) acc[r][v] = start(first_row + r, v);
-  const float* ahead = p.a.data + first_row * p.a.row + p.ahead.distance;
-  const char* later = p.later.data + first_row * p.later.row;
-  const int64_t later_step = at_once * rows * p.later.row / p.depth;
-  const float *a = nullptr, *b = nullptr;
-  for (int s = 0; s < p.segments; ++s) {
-    a = p.a.data + first_row * p.a.row + s * p.a.segment;
-    b = p.b.data + s * p.b.segment;
-    const int64_t steps = s + 1 < p.segments ? p.depth : p.depth - 1;
-    for (int64_t d = 0; d < steps; ahead += p.ahead.turn) {
-      const int64_t turn = at_once == 1 && d + 16 < steps ? d + 16 : steps;
-      for (; d + at_once <= turn; d += at_once) {
-        __builtin_prefetch(later, 0, 2);
-        later += later_step;
-#pragma GCC unroll 4
-        for (int step = 0; step < at_once; ++step, a += p.a.depth, b += p.b.depth, ahead += p.ahead.step) {
-          __builtin_prefetch(ahead, 0, 2);
-          multiply_step<rows>(p, a, b, acc);
-          if constexpr (at_once > 1) asm volatile("" ::: "memory"); // loads moved across steps would need registers
-        }
-      }
-      if constexpr (at_once > 1)
-        for (; d < turn; ++d, a += p.a.depth, b += p.b.depth) multiply_step<rows>(p, a, b, acc);
-    }
-  }
-  // The last step by itself, each row finished at once: stores take twice as long as products, and would come all together.
-  // Copies, since a store might have changed what others see: it would be loaded again for each vector.
+}
+
+// The last step by itself, each row finished at once: stores take twice as long as products, and would come all together.
+template <int rows, class Finish>
+[[gnu::always_inline]] static inline void finish_rows(const float* a, int64_t a_row, const float* b, int64_t first_row,
+                                                      const Finish& finish, Vec (&acc)[rows][kVecs]) {
+  // A copy, since a store might have changed what others see: it would be loaded again for each vector.
   const Finish finish_row = finish;
-  const int64_t a_row = p.a.row;
   Vec channels[kVecs];
 #pragma GCC unroll 4
   for (int v = 0; v < kVecs; ++v) channels[v] = Vec::load(b + v * Vec::width);
@@ -97,20 +80,84 @@ static void multiply_rows(const Product& p, int64_t first_row, const Start& star
   }
 }
 
-template <int rows, int at_once, class Start, class Finish>
+// A row block, one step of depth at a time.
+template <int rows, Adjacent adjacent, class Start, class Finish>
+static void multiply_rows(const Product& p, int64_t first_row, const Start& start, const Finish& finish) {
+  Vec acc[rows][kVecs];
+  start_rows(first_row, start, acc);
+  const float* ahead = p.a.data + first_row * p.a.row + p.ahead.distance;
+  const char* later = p.later.data + first_row * p.later.row;
+  const int64_t later_step = rows * p.later.row / p.depth;
+  const float *a = nullptr, *b = nullptr;
+  for (int s = 0; s < p.segments; ++s) {
+    a = p.a.data + first_row * p.a.row + s * p.a.segment;
+    b = p.b.data + s * p.b.segment;
+    const int64_t steps = s + 1 < p.segments ? p.depth : p.depth - 1;
+    for (int64_t d = 0; d < steps; ahead += p.ahead.turn)
+      for (const int64_t turn = d + 16 < steps ? d + 16 : steps; d < turn; ++d) {
+        __builtin_prefetch(later, 0, 2);
+        __builtin_prefetch(ahead, 0, 2);
+        multiply_step<rows>(a, adjacent == Adjacent::rows ? 1 : p.a.row, b, p.b.depth, acc);
+        later += later_step, a += p.a.depth, b += p.b.depth, ahead += p.ahead.step;
+      }
+  }
+  finish_rows(a, adjacent == Adjacent::rows ? 1 : p.a.row, b, first_row, finish, acc);
+}
+
+// The same with `at_once` steps at a time, for which a loop's own instructions are too many beside the products of one; without
+// segments. It is not inlined, or its caller's values take its loop's registers, and what is known of the strides saves more of
+// them. Copies of the others, which would be loaded again after each step. fetch: B comes from afar.
+template <int rows, int at_once, Adjacent adjacent, bool fetch, class Start, class Finish>
+[[gnu::noinline]] static void multiply_rows_in_steps(const Product& p, int64_t first_row, const Start& start,
+                                                     const Finish& finish) {
+  const bool packed = adjacent == Adjacent::depth;
+  const int64_t a_row = adjacent == Adjacent::rows ? 1 : p.a.row, a_depth = packed ? 1 : p.a.depth;
+  const int64_t b_depth = packed ? kBlock : p.b.depth, ahead_step = packed ? 16 : p.ahead.step;
+  const int fetch_every = packed ? 2 : 1; // steps: of V that is more than a row block still
+  Vec acc[rows][kVecs];
+  start_rows(first_row, start, acc);
+  const float *a = p.a.data + first_row * a_row, *b = p.b.data, *ahead = a + p.ahead.distance;
+  const char* later = p.later.data + first_row * p.later.row;
+  const int64_t later_step = at_once * rows * p.later.row / p.depth, steps = p.depth - 1;
+  int64_t d = 0;
+  for (; d + at_once <= steps; d += at_once) {
+    __builtin_prefetch(later, 0, 2);
+    later += later_step;
+#pragma GCC unroll 4
+    for (int step = 0; step < at_once; ++step, a += a_depth, b += b_depth) {
+      if (step % fetch_every == 0) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += ahead_step;
+      }
+      multiply_step<rows, fetch>(a, a_row, b, b_depth, acc);
+      asm volatile("" ::: "memory"); // loads moved across steps would need registers
+    }
+  }
+  for (; d < steps; ++d, a += a_depth, b += b_depth) multiply_step<rows, fetch>(a, a_row, b, b_depth, acc);
+  finish_rows(a, a_row, b, first_row, finish, acc);
+}
+
+template <int rows, int at_once, Adjacent adjacent, class Start, class Finish>
 static inline void dispatch_rows(int count, const Product& p, int64_t first_row, const Start& start, const Finish& finish) {
-  if (count == rows) return multiply_rows<rows, at_once>(p, first_row, start, finish);
-  if constexpr (rows > 1) dispatch_rows<rows - 1, at_once>(count, p, first_row, start, finish);
+  if (count == rows) {
+    if constexpr (at_once == 1)
+      return multiply_rows<rows, adjacent>(p, first_row, start, finish);
+    else if (first_row > 0 && adjacent == Adjacent::depth) // the first row block has brought B into a cache
+      return multiply_rows_in_steps<rows, at_once, adjacent, false>(p, first_row, start, finish);
+    else
+      return multiply_rows_in_steps<rows, at_once, adjacent, true>(p, first_row, start, finish);
+  }
+  if constexpr (rows > 1) dispatch_rows<rows - 1, at_once, adjacent>(count, p, first_row, start, finish);
 }
 
 // finish(row, acc) for every row of [0, rows), accumulators still in registers. Rows are shared out evenly over blocks, so that
 // no block is nearly empty. Steps of depth are taken `at_once`, which pays where there are many.
-template <int at_once = 1, class Start, class Finish>
+template <int at_once = 1, Adjacent adjacent = Adjacent::unknown, class Start, class Finish>
 static void for_each_row_block(int64_t rows, const Product& p, const Start& start, const Finish& finish) {
   const int64_t blocks = (rows + kRows - 1) / kRows;
   for (int64_t i = 0, begin = 0; i < blocks; ++i) {
     const int64_t end = rows * (i + 1) / blocks;
-    dispatch_rows<kRows, at_once>(int(end - begin), p, begin, start, finish);
+    dispatch_rows<kRows, at_once, adjacent>(int(end - begin), p, begin, start, finish);
     begin = end;
   }
 }

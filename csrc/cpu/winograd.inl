@@ -257,10 +257,10 @@ static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const 
     for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * row + k * Vec::width);
   };
   if (add)
-    for_each_row_block<kSteps>(
+    for_each_row_block<kSteps, Adjacent::depth>(
         tiles, product, [&](int64_t t, int k) { return Vec::load(out + t * m.row + k * Vec::width); }, finish);
   else
-    for_each_row_block<kSteps>(tiles, product, StartAtZero(), finish);
+    for_each_row_block<kSteps, Adjacent::depth>(tiles, product, StartAtZero(), finish);
 }
 
 // A^T M A of one tile and one vector of channels; point (i, j) of M is at m + (6 * i + j) * position.
@@ -370,7 +370,7 @@ static bool winograd_output(const Points& m, const TileRange& tiles, int64_t blo
 static void winograd_accumulate(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
                                 float* s) {
   const Product product{{v, 1, v_row, 0}, {z, z_row, 0}, tiles, 1, {kAhead * v_row, v_row, 0}};
-  for_each_row_block<kSteps>(in, product, StartAtZero(), [s, first](int64_t c, const Vec(&acc)[kVecs]) {
+  for_each_row_block<kSteps, Adjacent::rows>(in, product, StartAtZero(), [s, first](int64_t c, const Vec(&acc)[kVecs]) {
     for (int k = 0; k < kVecs; ++k) {
       float* p = s + c * kBlock + k * Vec::width;
       (first ? acc[k] : Vec::load(p) + acc[k]).store(p);
