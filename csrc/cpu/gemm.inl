@@ -16,7 +16,8 @@ struct Product {
   int64_t depth;
   int segments = 1;
   // What is read soon after, for prefetching: from a.data[row of the block * a.row + distance] on, `step` floats for each step of
-  // depth, and `turn` more after every sixteen steps, which use up a line of each row; with several steps at once, never.
+  // depth, and `turn` more after every sixteen steps, which use up a line of each row. Several steps at once know
+  // no turns: where steps lie side by side, every second one asks for a line further along the row.
   struct {
     int64_t distance, step, turn;
   } ahead = {};

@@ -61,7 +61,7 @@ static inline void clear(Patch<size>& patch) {
   for (int i = 0; i < size * size; ++i) Vec::zero().store(patch.data + i * Vec::width);
 }
 
-// The same of a patch inside the image and a whole vector of its channels: nothing is asked for each pixel.
+// A patch inside the image, from `data` and `y` on, and a whole vector of its channels: nothing is asked for each pixel.
 template <class T, int size, bool masked>
 static inline void load_inside(const Image& image, const T* data, const T* y, Patch<size>& patch) {
   const int64_t row = image.stride_h, column = image.stride_w, y_row = image.y_stride_h, y_column = image.y_stride_w;

@@ -259,7 +259,7 @@ void run_linear(const Kernels& k, DType dtype, int64_t rows, int64_t in, int64_t
   const Linear l{rows, in, out, dtype, weight.as<void>(), in, rows > 1 ? bias.as<float>() : nullptr, true};
   for (int64_t begin = 0; begin < out; begin += out / 2 + 1) {
     const int64_t end = std::min(begin + out / 2 + 1, out);
-    if (rows <= kLinearRows) k.linear(l, x.as<float>(), begin, end, 6 << 2 * (rows % 2), y.as<float>());
+    if (rows <= kLinearRows) k.linear(l, x.as<float>(), begin, end, rows % 2 ? kLinearOuts : kLinearOuts / 4, y.as<float>());
     k.linear_grad_weight(l, x.as<float>(), grad.as<float>(), begin, end, dw.as<void>());
   }
   for (int64_t begin = 0; begin < in; begin += kLinearColumns) {
