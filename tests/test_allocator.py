@@ -15,12 +15,14 @@ if sys.argv[1] == "keep" and not vggfast.keep_freed_memory():
     raise SystemExit("this C library has no mallopt")
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(32 << 20)  # 128 MB
+    torch.ones(12 << 20)  # 48 MB: more than glibc would ever learn to keep by itself
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 faults()
-print(min(faults() for turn in range(5)))  # something small may take a piece of the first one's place
+# What alignment leaves around a tensor waits in a list of up to seven such pieces, apart from the tensor's own place,
+# which by itself is too small for the next one: so the first few may not meet.
+print(min(faults() for turn in range(20)))
 """
 
 
@@ -39,5 +41,5 @@ def faults_of_a_later_tensor(how: str) -> int:
 
 def test_memory_is_used_again() -> None:
     """Pages are 2 MB at most where the system makes them huge."""
-    assert faults_of_a_later_tensor("plain") >= 64
+    assert faults_of_a_later_tensor("plain") >= 24
     assert faults_of_a_later_tensor("keep") < 8
