@@ -16,9 +16,8 @@ inline Soon output_filters(const Filters& w, int64_t k, int64_t c, int64_t count
 }
 
 // Asks for the lines that a block of output channels of one tile will be written to. A store that misses the caches waits for its
-// line, in order; the products hide that wait.
+// line, in order; the products hide that wait. Not for results that pass the caches.
 inline void prefetch_output(const Kernels& k, const Output& out, const Tile& tile, int64_t block) {
-  if (out.stream) return;
   const int64_t side = out.pool ? 2 : 4, height = out.pool ? out.h / 2 : out.h, width = out.pool ? out.w / 2 : out.w;
   const int64_t size = bytes_of(out.dtype), h_end = std::min(side * (tile.row + 1), height),
                 w_end = std::min(side * (tile.col + 1), width);
@@ -30,29 +29,61 @@ inline void prefetch_output(const Kernels& k, const Output& out, const Tile& til
     }
 }
 
-// What the input transform of `count` tiles from `begin` on reads, and their left neighbours do not: the step-th of `steps` pieces,
-// a row of pixels of some of the tiles. Products ask for a piece line by line, since a burst of prefetches is mostly dropped.
-inline Soon input_piece(const Image& x, const TileGrid& grid, int64_t begin, int64_t count, int64_t step, int64_t steps) {
-  const bool pooled = x.kind == ImageKind::pooled;
-  const int64_t side = pooled ? 2 : 4, rows = side + 2, height = pooled ? x.h / 2 : x.h, width = pooled ? x.w / 2 : x.w;
-  const int64_t arrays = x.y ? 2 : 1, row = step * arrays * rows / steps, first_step = ceil_div(row * steps, arrays * rows);
-  const int64_t row_steps = ceil_div((row + 1) * steps, arrays * rows) - first_step, i = step - first_step;
-  const int64_t from = begin + i * count / row_steps, to = begin + (i + 1) * count / row_steps;
-  if (from == to) return {};
-  const Tile tile = grid.at(from);
-  int64_t together = 1;
-  for (; from + together < to; ++together) {
-    const Tile next = grid.at(from + together);
-    if (next.n != tile.n || next.row != tile.row || next.col != tile.col + together) break;
+// What the input transform of `count` tiles from `begin` on reads, and their left neighbours do not, in about `steps` pieces: a
+// row of pixels of some tiles side by side. Products ask for a piece line by line, since a burst of prefetches is mostly dropped.
+// A division takes as long as a step of products, and so is made where a row of tiles begins, not for each piece.
+class InputPieces {
+public:
+  InputPieces(const Image& x, const TileGrid& grid, int64_t begin, int64_t count, int64_t steps)
+      : x(x), grid(grid), begin(begin), count(count), pooled(x.kind == ImageKind::pooled), side(pooled ? 2 : 4),
+        height(pooled ? x.h / 2 : x.h), width(pooled ? x.w / 2 : x.w), rows((side + 2) * (x.y ? 2 : 1)),
+        tiles_a_step(ceil_div(rows * count * unit, steps)) {
+    if (count > 0) start_run();
   }
-  const int64_t h = side * tile.row - 1 + row % rows, w = side * tile.col + 1, w_end = std::min(w + side * together, width);
-  if (h < 0 || h >= height || w >= w_end) return {};
-  const int64_t size = bytes_of(x.dtype), pixels = w_end - w - 1;
-  if (row >= rows)
-    return {static_cast<const char*>(x.y) + (tile.n * x.y_stride_n + h * x.y_stride_h + w * x.y_stride_w) * size,
-            (pixels * x.y_stride_w + x.c) * size};
-  return {static_cast<const char*>(x.data) + (tile.n * x.stride_n + h * x.stride_h + w * x.stride_w) * size,
-          (pixels * x.stride_w + x.c) * size};
-}
+
+  Soon next() {
+    due += tiles_a_step;
+    const int64_t some = std::min(due / unit, together);
+    if (some == 0 || row == rows) return {};
+    const Soon soon = piece(some);
+    due -= some * unit, taken += some, tile.col += some, together -= some;
+    if (together == 0) {
+      if (taken == count) taken = 0, ++row;
+      start_run();
+    }
+    return soon;
+  }
+
+private:
+  static constexpr int64_t unit = 1 << 16; // that a tile is counted in
+
+  // Tiles side by side from the next one on.
+  void start_run() {
+    const TileRegion region = grid.region_of(begin + taken);
+    tile = region.at(begin + taken);
+    together = std::min(region.col + region.cols - tile.col, count - taken);
+  }
+
+  Soon piece(int64_t some) const {
+    const bool of_y = row >= side + 2;
+    const int64_t h = side * tile.row - 1 + row - (of_y ? side + 2 : 0);
+    const int64_t w = side * tile.col + 1, pixels = std::min(side * some, width - w) - 1, size = bytes_of(x.dtype);
+    if (h < 0 || h >= height || pixels < 0) return {};
+    if (of_y)
+      return {static_cast<const char*>(x.y) + (tile.n * x.y_stride_n + h * x.y_stride_h + w * x.y_stride_w) * size,
+              (pixels * x.y_stride_w + x.c) * size};
+    return {static_cast<const char*>(x.data) + (tile.n * x.stride_n + h * x.stride_h + w * x.stride_w) * size,
+            (pixels * x.stride_w + x.c) * size};
+  }
+
+  const Image& x;
+  const TileGrid& grid;
+  const int64_t begin, count;
+  const bool pooled;
+  const int64_t side, height, width, rows; // of pixels: a tile, the image, all that are asked for
+  const int64_t tiles_a_step;              // in units
+  int64_t due = 0, row = 0, taken = 0, together = 0;
+  Tile tile = {};
+};
 
 } // namespace vggfast::cpu

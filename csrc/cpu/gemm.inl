@@ -21,11 +21,12 @@ struct Product {
   struct {
     int64_t distance, step, turn;
   } ahead = {};
-  // What the layer needs after these products, spread evenly over them: `row` bytes for each row of a.
+  // What the layer needs after these products, spread evenly over them: `block` bytes for each row block, `step` for each of its
+  // steps.
   struct {
     const char* data;
-    int64_t row;
-  } later = {(const char*)a.data, 0};
+    int64_t block, step;
+  } later = {(const char*)a.data, 0, 0};
 };
 static constexpr int kAhead = 24; // steps of depth: about 700 cycles, the latency of DRAM
 
@@ -81,14 +82,16 @@ template <int rows, class Finish>
   }
 }
 
-// A row block, one step of depth at a time.
+// A row block, one step of depth at a time. Not inlined, nor is anything called from it, which would pass sums through memory:
+// left to itself the compiler decides anew with each change of a caller.
 template <int rows, Adjacent adjacent, class Start, class Finish>
-static void multiply_rows(const Product& p, int64_t first_row, const Start& start, const Finish& finish) {
+[[gnu::noinline, gnu::flatten]] static void multiply_rows(const Product& p, int64_t first_row, int64_t block, const Start& start,
+                                                          const Finish& finish) {
   Vec acc[rows][kVecs];
   start_rows(first_row, start, acc);
   const float* ahead = p.a.data + first_row * p.a.row + p.ahead.distance;
-  const char* later = p.later.data + first_row * p.later.row;
-  const int64_t later_step = rows * p.later.row / p.depth;
+  const char* later = p.later.data + block * p.later.block;
+  const int64_t later_step = p.later.step;
   const float *a = nullptr, *b = nullptr;
   for (int s = 0; s < p.segments; ++s) {
     a = p.a.data + first_row * p.a.row + s * p.a.segment;
@@ -109,8 +112,8 @@ static void multiply_rows(const Product& p, int64_t first_row, const Start& star
 // segments. It is not inlined, or its caller's values take its loop's registers, and what is known of the strides saves more of
 // them. Copies of the others, which would be loaded again after each step. fetch: B comes from afar.
 template <int rows, int at_once, Adjacent adjacent, bool fetch, class Start, class Finish>
-[[gnu::noinline]] static void multiply_rows_in_steps(const Product& p, int64_t first_row, const Start& start,
-                                                     const Finish& finish) {
+[[gnu::noinline, gnu::flatten]] static void multiply_rows_in_steps(const Product& p, int64_t first_row, int64_t block,
+                                                                   const Start& start, const Finish& finish) {
   const bool packed = adjacent == Adjacent::depth;
   const int64_t a_row = adjacent == Adjacent::rows ? 1 : p.a.row, a_depth = packed ? 1 : p.a.depth;
   const int64_t b_depth = packed ? kBlock : p.b.depth, ahead_step = packed ? 16 : p.ahead.step;
@@ -118,8 +121,8 @@ template <int rows, int at_once, Adjacent adjacent, bool fetch, class Start, cla
   Vec acc[rows][kVecs];
   start_rows(first_row, start, acc);
   const float *a = p.a.data + first_row * a_row, *b = p.b.data, *ahead = a + p.ahead.distance;
-  const char* later = p.later.data + first_row * p.later.row;
-  const int64_t later_step = at_once * rows * p.later.row / p.depth, steps = p.depth - 1;
+  const char* later = p.later.data + block * p.later.block;
+  const int64_t later_step = at_once * p.later.step, steps = p.depth - 1;
   int64_t d = 0;
   for (; d + at_once <= steps; d += at_once) {
     __builtin_prefetch(later, 0, 2);
@@ -139,26 +142,33 @@ template <int rows, int at_once, Adjacent adjacent, bool fetch, class Start, cla
 }
 
 template <int rows, int at_once, Adjacent adjacent, class Start, class Finish>
-static inline void dispatch_rows(int count, const Product& p, int64_t first_row, const Start& start, const Finish& finish) {
+static inline void dispatch_rows(int count, const Product& p, int64_t first_row, int64_t block, const Start& start,
+                                 const Finish& finish) {
   if (count == rows) {
     if constexpr (at_once == 1)
-      return multiply_rows<rows, adjacent>(p, first_row, start, finish);
+      return multiply_rows<rows, adjacent>(p, first_row, block, start, finish);
     else if (first_row > 0 && adjacent == Adjacent::depth) // the first row block has brought B into a cache
-      return multiply_rows_in_steps<rows, at_once, adjacent, false>(p, first_row, start, finish);
+      return multiply_rows_in_steps<rows, at_once, adjacent, false>(p, first_row, block, start, finish);
     else
-      return multiply_rows_in_steps<rows, at_once, adjacent, true>(p, first_row, start, finish);
+      return multiply_rows_in_steps<rows, at_once, adjacent, true>(p, first_row, block, start, finish);
   }
-  if constexpr (rows > 1) dispatch_rows<rows - 1, at_once, adjacent>(count, p, first_row, start, finish);
+  if constexpr (rows > 1) dispatch_rows<rows - 1, at_once, adjacent>(count, p, first_row, block, start, finish);
+}
+
+static inline int64_t row_blocks(int64_t rows) {
+  return (rows + kRows - 1) / kRows;
 }
 
 // finish(row, acc) for every row of [0, rows), accumulators still in registers. Rows are shared out evenly over blocks, so that
 // no block is nearly empty. Steps of depth are taken `at_once`, which pays where there are many.
 template <int at_once = 1, Adjacent adjacent = Adjacent::unknown, class Start, class Finish>
 static void for_each_row_block(int64_t rows, const Product& p, const Start& start, const Finish& finish) {
-  const int64_t blocks = (rows + kRows - 1) / kRows;
+  const int64_t blocks = row_blocks(rows);
+  if (blocks == 0) return;
+  const int64_t each = rows / blocks, longer = rows % blocks;
   for (int64_t i = 0, begin = 0; i < blocks; ++i) {
-    const int64_t end = rows * (i + 1) / blocks;
-    dispatch_rows<kRows, at_once, adjacent>(int(end - begin), p, begin, start, finish);
-    begin = end;
+    const int64_t count = each + (i < longer);
+    dispatch_rows<kRows, at_once, adjacent>(int(count), p, begin, i, start, finish);
+    begin += count;
   }
 }

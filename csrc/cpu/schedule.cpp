@@ -138,11 +138,13 @@ bool forward_tile_fused(const Kernels& k, const Plan& plan, const Image& x, cons
     const Points v{scratch(size.v + size.m), size.v_row, size.v_position}, m{v.data + size.v, k.block, size.m_position};
     const TileRange tiles{grid, job * plan.tiles, std::min((job + 1) * plan.tiles, grid.count())};
     const int64_t count = tiles.count(), ahead = std::min(plan.tiles, grid.count() - tiles.end);
+    InputPieces pieces(x, grid, tiles.end, ahead, steps);
     k.winograd_input(x, tiles, v, false);
     for (int64_t b = 0; b < blocks; ++b) {
       for (int i = 0; i < 36; ++i) {
-        for (int64_t t = i * count / 36; t < (i + 1) * count / 36; ++t) prefetch_output(k, out, grid.at(tiles.begin + t), b);
-        multiply(k, tiles, i, v, x.c, u + b * size.u, m, false, input_piece(x, grid, tiles.end, ahead, b * 36 + i, steps));
+        for (int64_t t = i * count / 36; !out.stream && t < (i + 1) * count / 36; ++t)
+          prefetch_output(k, out, grid.at(tiles.begin + t), b);
+        multiply(k, tiles, i, v, x.c, u + b * size.u, m, false, pieces.next());
       }
       if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
     }

@@ -49,11 +49,12 @@ struct TileGrid {
   TileRegion whole() const { return {last_column().end(), images, 0, whole_rows(), 0, whole_cols()}; }
   TileRegion last_row() const { return {whole().end(), images, whole_rows(), edges.row, 0, whole_cols()}; }
   TileRegion corner() const { return {last_row().end(), images, whole_rows(), edges.row, whole_cols(), edges.column}; }
-  Tile at(int64_t t) const {
-    if (t >= last_row().end()) return corner().at(t);
-    if (t >= whole().end()) return last_row().at(t);
-    return t >= whole().first ? whole().at(t) : last_column().at(t);
+  TileRegion region_of(int64_t t) const {
+    if (t >= last_row().end()) return corner();
+    if (t >= whole().end()) return last_row();
+    return t >= whole().first ? whole() : last_column();
   }
+  Tile at(int64_t t) const { return region_of(t).at(t); }
 };
 
 struct TileRange {
@@ -63,6 +64,7 @@ struct TileRange {
   TileRange in(const TileRegion& region) const { return between(region.first, region.end()); }
   // Those that have a point of the 36: tiles of the last row lack some of its rows, tiles of the last column some of its columns.
   TileRange with_point(int point) const {
+    if (!grid.edges.row && !grid.edges.column) return *this;
     const bool last_row = edges_have_point(point / 6), last_column = edges_have_point(point % 6);
     const int64_t from = last_column ? 0 : grid.whole().first;
     const int64_t to = !last_row ? grid.whole().end() : last_column ? grid.count() : grid.last_row().end();

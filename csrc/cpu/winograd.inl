@@ -245,13 +245,14 @@ static void winograd_filters(const Filters& w, int64_t block, float* u, bool str
 static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int point, bool add,
                               const Soon& soon) {
   float *a = v.data + point * v.position, *out = m.data + point * m.position;
+  const int64_t soon_block = soon.bytes / row_blocks(tiles);
   // Ahead is the next rows' V: a line of each, then their next lines.
   const Product product{{a, v.row, 1, 0},
                         {u + point * filters_position(in, kBlock), kBlock, 0},
                         in,
                         1,
                         {kRows * v.row, v.row, 16 - 16 * v.row},
-                        {soon.bytes ? soon.data : (const char*)a, soon.bytes / tiles}};
+                        {soon.bytes ? soon.data : (const char*)a, soon_block, soon_block / in}};
   const auto finish = [out, row = m.row](int64_t t, const Vec(&acc)[kVecs]) {
     for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * row + k * Vec::width);
   };

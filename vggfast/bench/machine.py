@@ -24,6 +24,7 @@ AMD_ZEN = [
     (26, 0x00, 0xFF, "zen5"),
 ]  # fmt: skip
 WITHOUT_AVX512 = {"zen1", "zen2", "zen3"}  # of those named here
+WITH_AMX = {"sapphirerapids", "emeraldrapids", "graniterapids"}
 INTEL = {85: "skylake", 106: "icelake", 143: "sapphirerapids", 207: "emeraldrapids", 173: "graniterapids"}
 PACKAGES = ["onnxruntime", "openvino", "ncnn", "pnnx", "onnx", "jax", "lpips", "numpy"]
 
@@ -39,12 +40,14 @@ def cpu_info() -> dict[str, str]:
 
 
 def cpu_name(info: dict[str, str]) -> str:
-    """As "AMD EPYC (zen4)" where the microarchitecture is known; a hypervisor that hides AVX-512 makes another device of it."""
+    """As "AMD EPYC (zen4)" where the microarchitecture is known; a hypervisor that hides AVX-512 or AMX makes another device."""
     name = re.sub(r"\((R|TM)\)|CPU|@.*|Processor|\d+-Core", "", info.get("model name", "unknown"))
     name = " ".join(name.split())
-    arch = microarchitecture(info)
-    if arch and arch not in WITHOUT_AVX512 and "avx512f" not in info.get("flags", "").split():
+    arch, flags = microarchitecture(info), info.get("flags", "").split()
+    if arch and arch not in WITHOUT_AVX512 and "avx512f" not in flags:
         arch += " without AVX-512"
+    elif arch in WITH_AMX and "amx_tile" not in flags:
+        arch += " without AMX"
     return f"{name} ({arch})" if arch else name
 
 
