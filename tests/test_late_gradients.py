@@ -176,6 +176,16 @@ def test_they_come_after_those_of_all_activations() -> None:
     assert len(order) == len(list(model.parameters()))
 
 
+def test_a_torch_that_gives_nodes_no_order_makes_the_same_ones_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = backward(network(), images())
+    monkeypatch.setattr(late_gradients, "_SET_ORDER", "_a_name_that_no_node_has")
+    model = network()
+    order = arrival(model)
+    for ours, theirs in zip(backward(model, images()), expected, strict=True):
+        assert_same_bits(ours, theirs)
+    assert set(order[-2:]) == {"0.weight", "0.bias"}
+
+
 @pytest.mark.parametrize("why", ["processes exchange gradients", "no activation waits", "weights that are computed"])
 def test_they_are_made_at_once(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     model = network()

@@ -18,6 +18,7 @@ from vggfast import dispatch
 
 Gradients = tuple[Tensor, Tensor]  # of weight and bias
 
+_SET_ORDER = "_set_sequence_nr"  # torch's own, which it does not promise; in a torch without it gradients are not late
 _MAKE = "_vggfast_make"  # on a placeholder: the function that makes what it stands for
 
 
@@ -53,7 +54,9 @@ def late(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The operands of a layer, whose gradients then wait until autograd has nothing else to do."""
     late_weight, late_bias = _Late.apply(weight, bias)  # type: ignore[no-untyped-call]
     node: Any = late_weight.grad_fn
-    node._set_sequence_nr(0)  # after the node of anything else that is ready
+    set_order = getattr(node, _SET_ORDER, None)
+    if set_order is not None:
+        set_order(0)  # after the node of anything else that is ready
     return late_weight, late_bias
 
 
