@@ -82,8 +82,8 @@ template <int rows, class Finish>
   }
 }
 
-// A row block, one step of depth at a time. Not inlined, nor is anything called from it, which would pass sums through memory:
-// left to itself the compiler decides anew with each change of a caller.
+// A row block, one step of depth at a time. It is not inlined, and all that it calls is, or sums would pass through memory: left to
+// itself the compiler decides anew with each change of a caller.
 template <int rows, Adjacent adjacent, class Start, class Finish>
 [[gnu::noinline, gnu::flatten]] static void multiply_rows(const Product& p, int64_t first_row, int64_t block, const Start& start,
                                                           const Finish& finish) {
@@ -156,7 +156,7 @@ static inline void dispatch_rows(int count, const Product& p, int64_t first_row,
 }
 
 static inline int64_t row_blocks(int64_t rows) {
-  return (rows + kRows - 1) / kRows;
+  return ceil_div(rows, kRows);
 }
 
 // finish(row, acc) for every row of [0, rows), accumulators still in registers. Rows are shared out evenly over blocks, so that
