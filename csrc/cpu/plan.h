@@ -53,7 +53,7 @@ inline std::string to_string(const Plan& p) {
   const char* schedules[] = {"tile-fused", "V shared, output channels split", "V shared, output channels and tiles split",
                              "V shared, points split", "outputs split"};
   return "winograd F(4x4,3x3)" + to_string(p.edges) + ", " + schedules[int(p.schedule)] + ", tiles " + std::to_string(p.tiles) +
-         ": " + p.reason;
+         (p.schedule == Schedule::chunks_split ? " in " + std::to_string(p.splits) + " parts: " : ": ") + p.reason;
 }
 
 inline TileGrid tile_grid(int64_t n, int64_t h, int64_t w, const Edges& edges = {}) {
@@ -70,11 +70,12 @@ inline int64_t points_row(int64_t channels, const Machine& m) {
   return round_up(channels, m.block) + m.width;
 }
 
-// Direct: the padded fp32 band should stay in L2 beside the packed filters.
-inline Plan plan_direct(int64_t in, int64_t h, int64_t w, const char* reason) {
+// Direct: the padded fp32 band should stay in L2 beside the packed filters. Bands too few for many threads are cut.
+inline Plan plan_direct(int64_t n, int64_t in, int64_t h, int64_t w, int threads, const char* reason) {
   const int64_t row_bytes = (w + 2) * in * 4, fitting = 256 * 1024 / row_bytes - 2;
-  const int64_t band = std::clamp<int64_t>(fitting / 2 * 2, 2, 16);
-  return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, std::min(band, round_up(h, 2)), reason};
+  int64_t band = std::min(std::clamp<int64_t>(fitting / 2 * 2, 2, 16), round_up(h, 2));
+  while (band > 2 && n * ceil_div(h, band) < threads) band = round_up(band / 2, 2);
+  return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, band, reason};
 }
 
 // AMX: a thread keeps a padded band in L2, beside the filters of a block of output channels, and passes over it block by block. Few
@@ -113,17 +114,24 @@ inline int64_t split_depth(int64_t tiles, const Machine& m) {
   return tiles <= 64 ? 4096 / m.block : round_up(m.l2 / (36 * 4 * m.block), 128);
 }
 
+// A pass takes `tiles` in parts of half a row block or more, so long as all threads have work; four jobs a thread even out.
+inline Plan plan_chunks(int64_t tiles, int64_t in, int64_t blocks, const Machine& m, const char* reason, const Edges& edges) {
+  const int64_t even = std::min(ceil_div(4 * m.threads, blocks), ceil_div(2 * tiles, m.rows));
+  const int64_t parts = std::min(std::max(even, ceil_div(m.threads, blocks)), tiles);
+  return {Algorithm::winograd, Schedule::chunks_split, tiles, in, 1, 0, reason, parts, edges};
+}
+
 // Forward and grad_input: n images of h x w, `in` channels read, `out` channels written.
 inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m, Algorithm wanted) {
   if (m.amx && dtype == DType::bf16 && wanted != Algorithm::winograd) return plan_amx(n, in, out, h, w, m);
   const char* direct = wanted == Algorithm::direct     ? "asked for"
                        : wanted == Algorithm::winograd ? nullptr
                                                        : why_direct(n, in, out, h, w);
-  if (direct) return plan_direct(in, h, w, direct);
-  const int64_t tiles = tile_grid(n, h, w).count();
+  if (direct) return plan_direct(n, in, h, w, m.threads, direct);
+  const int64_t tiles = tile_grid(n, h, w).count(), blocks = ceil_div(out, m.block);
   const Edges edges = edges_of(h, w);
   const int64_t v_bytes = 36 * 4 * points_row(in, m) * m.rows, u_bytes = 36 * 4 * in * round_up(out, m.block);
-  const int64_t split_passes = in < 64 ? 0 : split_channels_passes(tiles, ceil_div(out, m.block), u_bytes, m);
+  const int64_t split_passes = in < 64 ? 0 : split_channels_passes(tiles, blocks, u_bytes, m);
   if (split_passes > 0)
     return {Algorithm::winograd,
             Schedule::channels_split,
@@ -141,14 +149,14 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
     const int64_t passes = ceil_div(tiles, 131), of_thread = ceil_div(tiles, round_up(passes, m.threads));
     if (of_thread >= 2 * m.rows)
       return {Algorithm::winograd, Schedule::tile_fused, of_thread, in, 1, 0, "few passes over so many filters", 1, edges};
-    const int64_t parts = ceil_div(4 * m.threads, ceil_div(out, m.block));
-    const char* reason = "few passes over so many filters, by many threads";
-    return {Algorithm::winograd, Schedule::chunks_split, ceil_div(tiles, passes), in, 1, 0, reason, parts, edges};
+    return plan_chunks(ceil_div(tiles, passes), in, blocks, m, "few passes over so many filters, by many threads", edges);
   }
   // A row block of few tiles reads U from beyond L2 for few products; larger groups share it, while all threads have some. Where a
-  // row block is 14 tiles two of them pay while V is small.
+  // row block is 14 tiles two of them pay while V is small. Where such groups are too few, threads share V instead of waiting.
   const int64_t largest = m.rows < 8 ? 48 : in <= 128 ? 2 * m.rows : m.rows;
   const int64_t of_group = std::clamp<int64_t>(tiles / (4 * m.threads) / m.rows * m.rows, m.rows, largest);
+  if (4 * ceil_div(tiles, of_group) < 3 * m.threads && blocks > 1)
+    return plan_chunks(tiles, in, blocks, m, "groups of tiles are fewer than threads", edges);
   return {Algorithm::winograd, Schedule::tile_fused, of_group, in, 1, 0, "V and M of a group of tiles stay in L2", 1, edges};
 }
 

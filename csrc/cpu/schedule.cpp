@@ -344,8 +344,8 @@ void forward(const Kernels& k, const Plan& plan, const Image& x, const Filters& 
                                                                  : forward_chunks_split;
     if (run(k, plan, x, w, out, workspace, parallel)) return;
   }
-  forward_direct(k, plan.algorithm == Algorithm::direct ? plan : plan_direct(x.c, x.h, x.w, "Inf or NaN"), x, w, out, workspace,
-                 parallel);
+  forward_direct(k, plan.algorithm == Algorithm::direct ? plan : plan_direct(x.n, x.c, x.h, x.w, 1, "Inf or NaN"), x, w, out,
+                 workspace, parallel);
 }
 
 int64_t grad_weight_workspace(const Kernels& k, const Plan& plan, const Image& x, const Image& dz) {

@@ -1,0 +1,119 @@
+"""How layers are shared out over threads: all of them find work, whatever their number, and it does not show in a single bit."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from reference import ISAS, assert_same_bits, normal, problem
+
+from vggfast import _C, ops
+from vggfast.bench.layers import VGG16_LAYERS, Layer
+
+BLOCKS = {"baseline": 8, "avx2": 16, "avx512": 32, "amx_emulated": 32}  # output channels of a micro-kernel
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    _C.set_cpu_isa(request.param)
+    return str(request.param)
+
+
+def jobs(plan: str, block: int, layer: Layer, batch: int) -> int:
+    """What a plan for a layer's forward pass cuts it into, from its description."""
+    blocks, tiles = -(-layer.c_out // block), batch * (-(-layer.size // 4)) ** 2
+    if found := re.match(r"direct, bands of (\d+) rows", plan):
+        return batch * -(-layer.size // int(found[1]))
+    if found := re.search(r"tile-fused, tiles (\d+):", plan):
+        return -(-tiles // int(found[1]))
+    if found := re.search(r"channels and tiles split, tiles \d+ in (\d+) parts:", plan):
+        return blocks * int(found[1])
+    assert "output channels split" in plan, plan
+    return blocks
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_every_layer_of_vgg16_has_work_for_all_threads(isa: str, batch: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    for layer in VGG16_LAYERS:
+        plan = _C.cpu_plan("forward", batch, layer.c_in, layer.c_out, layer.size, layer.size)
+        assert jobs(plan, BLOCKS[isa], layer, batch) >= 0.75 * threads, f"{layer.name}, {threads} threads: {plan}"
+
+
+# Groups of tiles, and bands of rows, that two threads share as they are, and sixteen get parts of.
+@pytest.mark.parametrize(
+    ("algo", "shape", "many"),
+    [
+        ("winograd", (1, 20, 72, 30, 29), "tiles split"),
+        ("winograd", (1, 40, 130, 21, 22), "tiles split"),
+        ("direct", (1, 7, 34, 37, 11), "bands of 2 rows"),
+        ("direct", (1, 64, 3, 37, 11), "bands of 2 rows"),
+    ],
+)
+def test_sixteen_threads_give_the_bits_of_one(isa: str, algo: str, shape: tuple[int, ...], many: str) -> None:
+    _C.set_conv_algo(algo)
+    n, c_in, c_out, h, w = shape
+    x, weight, bias = problem(n, c_in, c_out, h, w, grad=True)
+    grad = normal(n, c_out, h // 2, w // 2)
+    results = {}
+    for threads in (1, 2, 16):
+        torch.set_num_threads(threads)
+        assert (many in _C.cpu_plan("forward", *shape)) == (threads == 16)
+        y = ops.conv3x3(x, weight, bias, pool=True)
+        results[threads] = (y, *torch.autograd.grad(y, (x, weight, bias), grad))
+    for threads in (2, 16):
+        for got, expected in zip(results[threads], results[1], strict=True):
+            assert_same_bits(got, expected)
+
+
+# CPU time of this thread, and of all, over twenty calls.
+SHARES = """
+import resource, time, torch
+from vggfast import ops
+def whole():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+torch.set_num_threads(2)
+x, weight = torch.rand(2, 64, 112, 112), torch.rand(64, 64, 3, 3)
+with torch.inference_mode():
+    for _ in range(3):
+        ops.conv3x3(x, weight)
+    before = time.thread_time(), whole()
+    for _ in range(20):
+        ops.conv3x3(x, weight)
+print((time.thread_time() - before[0]) / (whole() - before[1]))
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU: two threads would take turns")
+def test_two_threads_share_the_work() -> None:
+    """Waiting threads sleep there, so that only work takes CPU time; a call that is serial takes all of it in one thread."""
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    done = subprocess.run([sys.executable, "-c", SHARES], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 0.15 < float(done.stdout) < 0.85
+
+
+def test_calls_from_several_threads_at_once_do_not_meet() -> None:
+    """Each calling thread has memory of its own, and torch's pool is shared."""
+    problems = [problem(1, 16 + 8 * i, 40, 20 + i, 23, seed=i) for i in range(4)]
+    alone = [ops.conv3x3(*p) for p in problems]
+    wrong: list[str] = []
+
+    def repeat(i: int) -> None:
+        for _ in range(20):
+            if not torch.equal(ops.conv3x3(*problems[i]), alone[i]):
+                wrong.append(f"problem {i}")
+
+    callers = [threading.Thread(target=repeat, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
