@@ -168,13 +168,23 @@ def test_a_comparison_has_its_control_and_half_precision_beside_float32():
     assert measure.CONTROL not in [e.label for e in measure.compare("memory", Case("vgg16", "training", 1)).entries]
 
 
+@pytest.mark.parametrize(("threads", "fewer"), [(1, []), (2, [1]), (6, [1, 2, 4])])
+def test_threads_are_compared_with_fewer(threads, fewer):
+    (group,) = suites.groups("threads", "cpu", threads, full=False)
+    assert group.id == "threads: vgg16 inference fp32 batch 1"
+    for name in ("vggfast", "torch channels_last"):
+        found = {entry.label: entry.case.threads for entry in group.entries if entry.label.startswith(name)}
+        assert found == {name: threads, **{f"{name}, {n} thread{'s' if n > 1 else ''}": n for n in fewer}}
+        assert all(entry.contender is find(name) for entry in group.entries if entry.label in found)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("full", [False, True])
 def test_every_part_has_groups_with_names_of_their_own(device, full):
     names = [group.id for part in suites.PARTS for group in suites.groups(part, device, 2, full)]
     assert len(names) == len(set(names))
     for part in suites.PARTS:
-        assert suites.groups(part, device, 2, full) or part == "compiled"
+        assert suites.groups(part, device, 2, full) or part in ("compiled", "threads")
         assert suites.QUICK[part].seconds <= suites.FULL[part].seconds
 
 

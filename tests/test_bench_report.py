@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from vggfast import cli
 from vggfast.bench import loss_report, plots, report, results, session, tables
 from vggfast.bench.cases import Case
-from vggfast.bench.measure import compare
+from vggfast.bench.measure import compare, with_fewer_threads
 
 ROOT = Path(__file__).parents[1]
 SLOWNESS = {"vggfast": 1.0, "vggfast again": 1.02, "openvino bf16": 1.25, "openvino": 2.5, "torch channels_last": 3.0}
@@ -162,6 +163,27 @@ def test_each_convolution_has_its_line_and_all_have_their_total(data):
     assert lines[-1].startswith("| all |  | 104 ms")  # a total of twelve would not be one of thirteen
     data["groups"] = [g for g in data["groups"] if not g["case"]["subject"].startswith("conv")]
     assert list(report.layer_lines(data)) == []
+
+
+def test_threads_have_a_line_and_are_no_comparison(data):
+    """torch with fewer threads than vggfast is no rival; a group without one thread has no line."""
+    before, panels = report.comparisons(data), len(plots.networks(data).axes)
+    assert list(report.thread_lines(data)) == []
+    case = Case("vgg16", "inference", 8)
+    for threads in (2, 1):
+        group = with_fewer_threads(replace(case, threads=threads))
+        records = [timed(entry.label, "fp32", case) for entry in group.entries]
+        record = {"id": group.id, "case": group.case.to_dict(), "run": "now", "activity": None, "contenders": records}
+        data["groups"] = [g for g in data["groups"] if g["id"] != group.id] + [record]
+        if threads == 2:
+            head, _, line = report.thread_lines(data)
+            assert head == "| With all threads, times as fast as with one | vggfast | torch channels_last |"
+            assert line == "| inference, float32, batch 8, 2 threads | 4.00× (4.00 to 4.00) | 1.33× (1.33 to 1.33) |"
+            assert line in report.markdown(data, {})
+        else:
+            assert list(report.thread_lines(data)) == []
+    assert report.comparisons(data) == before
+    assert len(plots.networks(data).axes) == panels
 
 
 def test_time_and_memory_of_losses(data):

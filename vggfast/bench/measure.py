@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from vggfast.bench import BenchError, memory, runtimes
 from vggfast.bench.cases import LOSSES, Case
 from vggfast.bench.client import Worker, available_bytes
-from vggfast.bench.contenders import ALLOCATOR, VGGFAST, Contender, rivals
+from vggfast.bench.contenders import ALLOCATOR, VGGFAST, Contender, find, rivals
 from vggfast.bench.machine import Activity
 from vggfast.bench.stats import spread
 
@@ -43,7 +43,7 @@ class Group:
 
     @property
     def id(self) -> str:
-        return f"{self.part}: {self.case.id}" if self.part in ("memory", "compiled") else self.case.id
+        return f"{self.part}: {self.case.id}" if self.part in ("memory", "compiled", "threads") else self.case.id
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,20 @@ def compare(part: str, case: Case, against: list[str] | None = None, full: bool 
         extra = {"openvino": "openvino bf16", "ncnn half": "ncnn half"}
         entries += [entry(extra[r.name], r, half) for r in rivals(half, against) if r.name in extra]
     return Group(part, case, tuple(entries))
+
+
+def with_fewer_threads(case: Case) -> Group:
+    """vggfast and torch with the case's threads, and with 1, 2, 4 and so on up to these."""
+    fewer = [1 << i for i in range(case.threads.bit_length()) if 1 << i < case.threads]
+    entries = []
+    for each in (VGGFAST, find("torch channels_last")):
+        entries.append(Entry(each.name, each, case))
+        entries += [Entry(threads_label(each.name, count), each, replace(case, threads=count)) for count in fewer]
+    return Group("threads", case, tuple(entries))
+
+
+def threads_label(name: str, count: int) -> str:
+    return f"{name}, {count} thread{'s' if count > 1 else ''}"
 
 
 class Lab:

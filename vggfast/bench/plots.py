@@ -100,7 +100,7 @@ def losses(data: Json) -> Figure | None:
 
 def _panels(data: Json, tasks: tuple[str, ...], title: str) -> Figure | None:
     """A panel for each VGG16 group: a bar a contender, its 10th and 90th percentile as a whisker, the fastest on top."""
-    vgg16 = [g for g in data["groups"] if g["case"]["subject"] == "vgg16" and g["case"]["task"] in tasks]
+    vgg16 = [g for g in data["groups"] if g["id"].startswith("vgg16 ") and g["case"]["task"] in tasks]
     chosen = [g for g in vgg16 if "seconds" in (contender(g, OURS) or {})]
     if not chosen:
         return None

@@ -8,8 +8,8 @@ from typing import Any
 
 from vggfast.bench.contenders import VGGFAST
 from vggfast.bench.layers import VGG16_LAYERS
-from vggfast.bench.measure import CONTROL
-from vggfast.bench.plots import DTYPE_NAMES, TASK_NAMES
+from vggfast.bench.measure import CONTROL, threads_label
+from vggfast.bench.plots import DTYPE_NAMES, TASK_NAMES, title_of
 from vggfast.bench.results import WHY_NOT, Json, contender, group
 from vggfast.bench.stats import Spread, ratios, spread
 
@@ -169,6 +169,8 @@ def comparisons(data: Json) -> list[tuple[str, str, float]]:
     """(group, rival, the rival's median over ours), of times and of bytes, of all groups."""
     found = []
     for each in data["groups"]:
+        if each["id"].startswith("threads: "):  # rivals with fewer threads are no rivals
+            continue
         ours = contender(each, OURS)
         for rival in each["contenders"]:
             record = contender(each, rival["label"])
@@ -231,6 +233,29 @@ def _layer_ratios(data: Json, task: str, batch: int, dtype: str) -> dict[str, st
     return found
 
 
+# ---- threads -------------------------------------------------------------------------------------------------------
+
+
+def thread_lines(data: Json) -> Iterator[str]:
+    """A table of how many times as fast vggfast and torch are with all threads as with one."""
+    found = [line for each in data["groups"] if each["id"].startswith("threads: ") and (line := _thread_line(each))]
+    if found:
+        yield f"| With all threads, times as fast as with one | {OURS} | {TORCH} |"
+        yield "|---|---|---|"
+        yield from found
+
+
+def _thread_line(each: Json) -> str:
+    cells = []
+    for label in (OURS, TORCH):
+        many, one = contender(each, label), contender(each, threads_label(label, 1))
+        if not many or not one:
+            return ""
+        times = ratios(one["rounds"], many["rounds"])
+        cells.append(f"{times.median:.2f}× ({times.p10:.2f} to {times.p90:.2f})")
+    return f"| {title_of(each['case'])}, {each['case']['threads']} threads | {' | '.join(cells)} |"
+
+
 # ---- markdown ------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +279,8 @@ def markdown(data: Json, pictures: dict[str, str]) -> str:
     lines += ["", *_losses(data), ""]
     if layered := list(layer_lines(data)):
         lines += [*layered, ""]
+    if threads := list(thread_lines(data)):
+        lines += [*threads, ""]
     for title, path in pictures.items():
         lines += [f"![{title}]({path})", ""]
     return "\n".join(lines)

@@ -8,9 +8,9 @@ from typing import Literal
 from vggfast.bench.cases import LAYER_TASKS, LOSSES, Case
 from vggfast.bench.contenders import VGGFAST, families
 from vggfast.bench.layers import CONFIGS, VGG16_LAYERS
-from vggfast.bench.measure import Effort, Entry, Group, compare
+from vggfast.bench.measure import Effort, Entry, Group, compare, with_fewer_threads
 
-PARTS = ("inference", "training", "perceptual", "layers", "memory", "compiled")
+PARTS = ("inference", "training", "perceptual", "layers", "memory", "compiled", "threads")
 
 # At most seven rounds of a few runs: CI has three minutes for everything.
 QUICK = {
@@ -20,6 +20,7 @@ QUICK = {
     "layers": Effort(min_rounds=3, max_rounds=7, seconds=0.4, turn_s=0.005),
     "memory": Effort(1, 1, 1, 0.02),
     "compiled": Effort(min_rounds=3, max_rounds=7, seconds=0.4, turn_s=0.005),
+    "threads": Effort(min_rounds=3, max_rounds=7, seconds=2, turn_s=0.02),
 }
 FULL = {
     "inference": Effort(min_rounds=9, max_rounds=25, seconds=50, turn_s=0.3),
@@ -28,6 +29,7 @@ FULL = {
     "layers": Effort(min_rounds=7, max_rounds=15, seconds=3, turn_s=0.05),
     "memory": Effort(1, 1, 1, 0.02),
     "compiled": Effort(min_rounds=7, max_rounds=15, seconds=3, turn_s=0.05),
+    "threads": Effort(min_rounds=7, max_rounds=15, seconds=40, turn_s=0.3),
 }
 
 
@@ -40,9 +42,13 @@ def groups(part: str, device: str, threads: int, full: bool, against: list[str] 
         "layers": _layers,
         "memory": _memory,
         "compiled": _compiled,
+        "threads": _threads,
     }
     made = []
     for case in (_with(case, device, threads) for case in parts[part](device, full)):
+        if part == "threads":
+            made.append(with_fewer_threads(case))
+            continue
         usual = ["autotune"] if part == "compiled" else _against(case, full, part)
         made.append(compare(part, case, usual if against is None else against, full))
     return made
@@ -144,6 +150,15 @@ def _compiled(device: str, full: bool) -> Iterator[Case]:
             for layer in VGG16_LAYERS:
                 if task != "grad_input" or layer.c_in != 3:
                     yield Case(layer.name, task, batch, "bf16")
+
+
+def _threads(device: str, full: bool) -> Iterator[Case]:
+    if device == "cuda":
+        return
+    yield Case("vgg16", "inference", 1, "fp32")
+    if full:
+        yield Case("vgg16", "inference", 8, "fp32")
+        yield Case("vgg16", "training", 8, "fp32")
 
 
 def selected(group: Group, labels: set[str]) -> Group:
