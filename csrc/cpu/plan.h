@@ -187,16 +187,18 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
   if (direct) return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, 1, direct};
   const int64_t tiles = tile_grid(n, h, w).count(), blocks = ceil_div(out, m.block);
   const int64_t tile_bytes = 36 * 4 * (points_row(in, m) + points_row(out, m)), s_bytes = 36 * 4 * in * round_up(out, m.block);
-  // Each chunk passes V and Z through L3 once, and S once: neither should cost much more than the other.
-  const int64_t chunk_bytes = std::clamp<int64_t>(s_bytes * 2 / 3, 4 << 20, 16 << 20);
+  // Each chunk passes V and Z through L3 once, and S once: neither should cost much more than the other. A last chunk of few tiles
+  // would pass S like the others, so all are equal.
+  const int64_t chunk_bytes = std::clamp<int64_t>(s_bytes * 2 / 3, 4 << 20, 20 << 20);
   const int64_t fitting = std::max<int64_t>(chunk_bytes / tile_bytes / 16 * 16, 16);
   const int64_t parts = std::clamp<int64_t>(std::min((16 << 20) / s_bytes, tiles / 128), 1, 4);
+  const int64_t of_part = ceil_div(ceil_div(tiles, 16), parts) * 16;
   int64_t splits = 1;
   while (splits < blocks && parts * splits % m.threads != 0 && parts * splits < 4 * m.threads) ++splits;
   const bool enough = parts * splits >= m.threads;
   return {Algorithm::winograd,
           enough ? Schedule::outputs_split : Schedule::points_split,
-          std::min(round_up(ceil_div(tiles, parts), 16), fitting),
+          round_up(ceil_div(of_part, ceil_div(of_part, fitting)), 16),
           in,
           parts,
           0,

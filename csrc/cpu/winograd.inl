@@ -369,7 +369,9 @@ static bool winograd_output(const Points& m, const TileRange& tiles, int64_t blo
 // S[in][kBlock] += V^T Z at one of the 36 points, for one block of output channels.
 static void winograd_accumulate(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
                                 float* s) {
-  const Product product{{v, 1, v_row, 0}, {z, z_row, 0}, tiles, 1, {kAhead * v_row, v_row, 0}};
+  const int64_t s_block = in * kBlock * int64_t(sizeof(float)) / row_blocks(in); // asked for during its products: S is beyond L2
+  const Product product{
+      {v, 1, v_row, 0}, {z, z_row, 0}, tiles, 1, {kAhead * v_row, v_row, 0}, {(const char*)s, s_block, s_block / tiles}};
   for_each_row_block<kSteps, Adjacent::rows>(in, product, StartAtZero(), [s, first](int64_t c, const Vec(&acc)[kVecs]) {
     for (int k = 0; k < kVecs; ++k) {
       float* p = s + c * kBlock + k * Vec::width;
