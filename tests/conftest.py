@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 from on_device import on_gpu
+from reference import ISAS
 
 from vggfast import _C, switches
 
@@ -36,6 +37,13 @@ def _restore_switches() -> Iterator[None]:
     torch.use_deterministic_algorithms(deterministic)
     torch.set_flush_denormal(False)
     torch.set_grad_enabled(True)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    """Each instruction set that this CPU runs, in use."""
+    _C.set_cpu_isa(request.param)
+    return str(request.param)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_gpu)])

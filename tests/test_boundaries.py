@@ -7,16 +7,9 @@ import math
 
 import pytest
 import torch
-from reference import ISAS, assert_same_bits, check_against_float64, integers, normal, problem
+from reference import assert_same_bits, check_against_float64, integers, normal, problem
 
 from vggfast import _C, ops
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> str:
-    _C.set_cpu_isa(request.param)
-    return str(request.param)
-
 
 # Vectors hold 4, 8 or 16 channels, blocks 8, 16 or 32.
 CHANNELS = [*range(1, 19), 31, 32, 33, 34, 47, 48, 49, 63, 64, 65, 66]

@@ -8,21 +8,15 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import ISAS, assert_same_bits, gradients, integers, normal
+from reference import assert_same_bits, gradients, integers, normal
 from torch import Tensor, nn
 
 import vggfast
-from vggfast import _C, dispatch, ops
+from vggfast import dispatch, ops
 from vggfast.fused import FusedSequential
 
 RAW = torch.ops.vggfast
 LARGE = (1100, 1000)  # out, in: just enough weights for the kernel
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> str:
-    _C.set_cpu_isa(request.param)
-    return str(request.param)
 
 
 def composition(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:

@@ -13,7 +13,6 @@ from reference import (
     CONFIGS,
     CONFIGS_FP32,
     DTYPES,
-    ISAS,
     LAYOUTS,
     SUBNORMAL,
     UNIT,
@@ -34,12 +33,6 @@ from vggfast import _C, ops
 
 EPILOGUES = list(itertools.product([False, True], repeat=2))
 CHANNELS = {(layer.c_in, layer.c_out): layer for layer in VGG16_LAYERS}
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> str:
-    _C.set_cpu_isa(request.param)
-    return str(request.param)
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------

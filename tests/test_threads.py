@@ -10,18 +10,12 @@ import threading
 
 import pytest
 import torch
-from reference import ISAS, assert_same_bits, normal, problem
+from reference import assert_same_bits, normal, problem
 
 from vggfast import _C, ops
 from vggfast.bench.layers import VGG16_LAYERS, Layer
 
 BLOCKS = {"baseline": 8, "avx2": 16, "avx512": 32, "amx_emulated": 32}  # output channels of a micro-kernel
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> str:
-    _C.set_cpu_isa(request.param)
-    return str(request.param)
 
 
 def jobs(plan: str, block: int, layer: Layer, batch: int) -> int:

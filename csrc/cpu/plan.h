@@ -26,6 +26,8 @@ enum class Schedule {
   outputs_split   // grad_weight: a thread takes one of `groups` parts of the tiles and one of `splits` ranges of output channels
 };
 
+constexpr int64_t bias_group = 16; // tiles whose gradients are summed in fp32 before the sums are added in double
+
 struct Plan {
   Algorithm algorithm;
   Schedule schedule;
@@ -70,20 +72,29 @@ inline int64_t points_row(int64_t channels, const Machine& m) {
   return round_up(channels, m.block) + m.width;
 }
 
+// A band cut until all images have `jobs` of them together, or it has no more than `least` rows.
+inline int64_t cut_band(int64_t band, int64_t least, int64_t n, int64_t h, int64_t jobs) {
+  while (band > least && n * ceil_div(h, band) < jobs) band = round_up(band / 2, 2);
+  return band;
+}
+
+// What equal chunks take of `count`, in whole `multiple`s, where none may take more than `largest` of them.
+inline int64_t equal_chunk(int64_t count, int64_t largest, int64_t multiple) {
+  return round_up(ceil_div(count, ceil_div(count, largest)), multiple);
+}
+
 // Direct: the padded fp32 band should stay in L2 beside the packed filters. Bands too few for many threads are cut.
 inline Plan plan_direct(int64_t n, int64_t in, int64_t h, int64_t w, int threads, const char* reason) {
   const int64_t row_bytes = (w + 2) * in * 4, fitting = 256 * 1024 / row_bytes - 2;
-  int64_t band = std::min(std::clamp<int64_t>(fitting / 2 * 2, 2, 16), round_up(h, 2));
-  while (band > 2 && n * ceil_div(h, band) < threads) band = round_up(band / 2, 2);
-  return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, band, reason};
+  const int64_t band = std::min(std::clamp<int64_t>(fitting / 2 * 2, 2, 16), round_up(h, 2));
+  return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, cut_band(band, 2, n, h, threads), reason};
 }
 
 // AMX: a thread keeps a padded band in L2, beside the filters of a block of output channels, and passes over it block by block. Few
 // and small bands do not give all threads work: they then take ranges of the output channels as well.
 inline Plan plan_amx(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m) {
   const int64_t row_bytes = AmxShape(in, w).row(w) * 2, fitting = (1 << 19) / row_bytes - 2, rows = round_up(h, 2);
-  int64_t band = std::min(std::max<int64_t>(fitting / 2 * 2, 2), rows);
-  while (band > 8 && n * ceil_div(h, band) < 8 * m.threads) band = round_up(band / 2, 2);
+  const int64_t band = cut_band(std::min(std::max<int64_t>(fitting / 2 * 2, 2), rows), 8, n, h, 8 * m.threads);
   const int64_t jobs = n * ceil_div(h, band), blocks = ceil_div(out, kAmxBlock);
   const int64_t splits = std::min(blocks, ceil_div(4 * m.threads, jobs));
   return {Algorithm::amx, Schedule::tile_fused, 0, 0, 0, band, "bfloat16 products are sixteen times as many there", splits};
@@ -170,7 +181,7 @@ inline Plan plan_amx_grad_weight(int64_t n, int64_t in, int64_t out, int64_t h, 
   int64_t chunk = std::clamp<int64_t>(bytes / (2 * channels * (w + 1)) / 2 * 2, 2, round_up(rows, 2));
   const int64_t parts = std::clamp<int64_t>(std::min((16 << 20) / sums_bytes, rows / chunk), 1, 8);
   const int64_t of_part = ceil_div(rows, parts);
-  chunk = round_up(ceil_div(of_part, ceil_div(of_part, chunk)), 2); // equal ones
+  chunk = equal_chunk(of_part, chunk, 2);
   const int64_t splits = std::min(blocks, ceil_div(m.threads, parts));
   return {Algorithm::amx, Schedule::outputs_split, chunk, in, parts, 0, "a product over pixels, of which a tap is a shift", splits};
 }
@@ -190,15 +201,15 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
   // Each chunk passes V and Z through L3 once, and S once: neither should cost much more than the other. A last chunk of few tiles
   // would pass S like the others, so all are equal.
   const int64_t chunk_bytes = std::clamp<int64_t>(s_bytes * 2 / 3, 4 << 20, 20 << 20);
-  const int64_t fitting = std::max<int64_t>(chunk_bytes / tile_bytes / 16 * 16, 16);
+  const int64_t fitting = std::max(chunk_bytes / tile_bytes / bias_group * bias_group, bias_group);
   const int64_t parts = std::clamp<int64_t>(std::min((16 << 20) / s_bytes, tiles / 128), 1, 4);
-  const int64_t of_part = ceil_div(ceil_div(tiles, 16), parts) * 16;
+  const int64_t of_part = round_up(ceil_div(tiles, parts), bias_group);
   int64_t splits = 1;
   while (splits < blocks && parts * splits % m.threads != 0 && parts * splits < 4 * m.threads) ++splits;
   const bool enough = parts * splits >= m.threads;
   return {Algorithm::winograd,
           enough ? Schedule::outputs_split : Schedule::points_split,
-          round_up(ceil_div(of_part, ceil_div(of_part, fitting)), 16),
+          equal_chunk(of_part, fitting, bias_group),
           in,
           parts,
           0,

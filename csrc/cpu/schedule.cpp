@@ -217,8 +217,6 @@ bool forward_chunks_split(const Kernels& k, const Plan& plan, const Image& x, co
   return finite;
 }
 
-constexpr int64_t bias_group = 16; // tiles whose gradients are summed in fp32 before the sums are added in double
-
 // What grad_weight works on: S, the sum of V^T Z over a part of the tiles, for each part; the sums of dZ over groups of tiles.
 struct GradWeight {
   const Kernels& k;

@@ -169,7 +169,7 @@ def comparisons(data: Json) -> list[tuple[str, str, float]]:
     """(group, rival, the rival's median over ours), of times and of bytes, of all groups."""
     found = []
     for each in data["groups"]:
-        if each["id"].startswith("threads: "):  # rivals with fewer threads are no rivals
+        if _of_threads(each):  # rivals with fewer threads are no rivals
             continue
         ours = contender(each, OURS)
         for rival in each["contenders"]:
@@ -238,11 +238,15 @@ def _layer_ratios(data: Json, task: str, batch: int, dtype: str) -> dict[str, st
 
 def thread_lines(data: Json) -> Iterator[str]:
     """A table of how many times as fast vggfast and torch are with all threads as with one."""
-    found = [line for each in data["groups"] if each["id"].startswith("threads: ") and (line := _thread_line(each))]
+    found = [line for each in data["groups"] if _of_threads(each) and (line := _thread_line(each))]
     if found:
         yield f"| With all threads, times as fast as with one | {OURS} | {TORCH} |"
         yield "|---|---|---|"
         yield from found
+
+
+def _of_threads(each: Json) -> bool:
+    return str(each["id"]).startswith("threads: ")
 
 
 def _thread_line(each: Json) -> str:
