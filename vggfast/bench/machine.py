@@ -48,6 +48,8 @@ def cpu_name(info: dict[str, str]) -> str:
         arch += " without AVX-512"
     elif arch in WITH_AMX and "amx_tile" not in flags:
         arch += " without AMX"
+    elif not arch and "amx_tile" in flags:  # a hypervisor may give a model that it is not
+        arch = "unknown model with AMX"
     return f"{name} ({arch})" if arch else name
 
 
