@@ -30,7 +30,14 @@ from vggfast.bench import BenchError, machine, results
         ("GenuineIntel", 6, 207, "avx512f", "Intel(R) Xeon(R) Processor", "Intel Xeon (emeraldrapids without AMX)"),
         ("GenuineIntel", 6, 207, "avx2", "Intel(R) Xeon(R) Processor", "Intel Xeon (emeraldrapids without AVX-512)"),
         ("GenuineIntel", 6, 106, "avx512f", "Intel(R) Xeon(R) Processor", "Intel Xeon (icelake)"),
-        ("GenuineIntel", 6, 167, "avx512f amx_tile", "Intel(R) Xeon(R) Processor", "Intel Xeon (unknown model with AMX)"),
+        (
+            "GenuineIntel",
+            6,
+            167,
+            "avx512f amx_tile",
+            "Intel(R) Xeon(R) Processor",
+            "Intel Xeon (unknown model with AMX)",
+        ),
         ("Other", 1, 1, "", "Some CPU", "Some"),
     ],
 )

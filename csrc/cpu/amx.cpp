@@ -1,4 +1,5 @@
-// AVX-512 with AMX's bfloat16 tiles: those of avx512.cpp, and direct convolution of bfloat16 on tile registers.
+// AVX-512 with AMX's bfloat16 tiles: those of avx512.cpp, and on tile registers direct convolution of bfloat16 and Winograd's
+// products of floats.
 #include <immintrin.h>
 
 #include <cstring>
@@ -30,12 +31,16 @@ static constexpr int kVecs = 2;
 
 namespace vggfast::cpu {
 namespace {
-#define VGGFAST_WITH_TILES(isa) with_tiles(#isa, isa::amx_filters, isa::amx_rows, isa::amx_grad_rows, isa::amx_grad_filters)
+#define VGGFAST_WITH_TILES(isa)                                                                                                    \
+  with_tiles(#isa, isa::amx_filters, isa::amx_rows, isa::amx_grad_rows, isa::amx_grad_filters, isa::pieces_multiply,               \
+             isa::pieces_accumulate)
 Kernels with_tiles(const char* name, decltype(Kernels::amx_filters) filters, decltype(Kernels::amx_rows) rows,
-                   decltype(Kernels::amx_grad_rows) grad_rows, decltype(Kernels::amx_grad_filters) grad_filters) {
+                   decltype(Kernels::amx_grad_rows) grad_rows, decltype(Kernels::amx_grad_filters) grad_filters,
+                   decltype(Kernels::pieces_multiply) multiply, decltype(Kernels::pieces_accumulate) accumulate) {
   Kernels table = kernels_avx512;
   table.name = name, table.amx_filters = filters, table.amx_rows = rows;
   table.amx_grad_rows = grad_rows, table.amx_grad_filters = grad_filters;
+  table.pieces_multiply = multiply, table.pieces_accumulate = accumulate;
   return table;
 }
 } // namespace

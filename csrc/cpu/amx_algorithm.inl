@@ -6,3 +6,4 @@ static constexpr int kBlock = kVecs * Vec::width;
 #include "cpu/filters.inl"
 #include "cpu/amx.inl"
 #include "cpu/amx_grad.inl"
+#include "cpu/pieces.inl"

@@ -39,6 +39,11 @@ static constexpr int kLinearOuts = 24;      // that share a piece of x at most
 static constexpr int kLinearColumns = 1024; // of a gradient that a call makes at most: they stay in L2 while the weights pass by
 static constexpr int kLinearPadding = 8;    // outputs that `grad` has past the last one, zero
 
+// Floats that pieces_multiply and pieces_accumulate need for sums of so many terms.
+static inline int64_t pieces_scratch(int64_t terms, int64_t blocks) {
+  return 32 * 32 + (1 + blocks) * round_up(terms, 32) * 48;
+}
+
 struct BFloat16;
 
 struct Kernels {
@@ -81,6 +86,13 @@ struct Kernels {
   void (*amx_grad_rows)(const Image& x, const Image& dz, int64_t row_begin, int64_t row_end, int64_t chunk, int64_t begin,
                         int64_t end, float* sums, double* bias, float* scratch) = nullptr;
   bool (*amx_grad_filters)(const float* sums, int64_t block, const Filters& dw) = nullptr;
+
+  // The same products as winograd_multiply and winograd_accumulate, of whole blocks of 32 input channels and several blocks of
+  // output channels at one point, by tile registers (pieces.inl).
+  void (*pieces_multiply)(const float* v, int64_t v_row, int64_t tiles, int64_t in, const float* u, int64_t u_block, int64_t blocks,
+                          float* m, int64_t m_row, float* scratch) = nullptr;
+  void (*pieces_accumulate)(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, int64_t blocks,
+                            bool first, float* s, int64_t s_block, float* scratch) = nullptr;
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_amx, kernels_amx_emulated;

@@ -22,7 +22,8 @@ enum class Schedule {
   channels_split, // V of `tiles` tiles is shared; a thread takes a block of output channels, and makes U of `depth` channels at a
                   // time
   chunks_split,   // V of `tiles` tiles is shared; a thread takes a block of output channels of one of `splits` parts of them
-  points_split,   // grad_weight: V and Z of `tiles` tiles are shared; threads take points and blocks of output channels
+  points_split,   // V of `tiles` tiles is shared, and in grad_weight Z; threads take points and blocks of output channels (forward:
+                  // one of `splits` ranges of them)
   outputs_split   // grad_weight: a thread takes one of `groups` parts of the tiles and one of `splits` ranges of output channels
 };
 
@@ -36,8 +37,9 @@ struct Plan {
   // Direct and AMX: output rows a thread takes at once.
   int64_t band;
   const char* reason;
-  int64_t splits = 1; // outputs-split, AMX: ranges of output channels; chunks-split: parts of the tiles
-  Edges edges = {};   // forward and grad_input
+  int64_t splits = 1;  // outputs-split, forward's points-split, AMX: ranges of output channels; chunks-split: parts of the tiles
+  Edges edges = {};    // forward and grad_input
+  bool pieces = false; // products of floats in three pieces, on AMX's tile registers
 };
 
 inline std::string to_string(const Edges& e) {
@@ -54,7 +56,8 @@ inline std::string to_string(const Plan& p) {
            (p.splits > 1 ? ", output channels in " + std::to_string(p.splits) + " ranges: " : ": ") + p.reason;
   const char* schedules[] = {"tile-fused", "V shared, output channels split", "V shared, output channels and tiles split",
                              "V shared, points split", "outputs split"};
-  return "winograd F(4x4,3x3)" + to_string(p.edges) + ", " + schedules[int(p.schedule)] + ", tiles " + std::to_string(p.tiles) +
+  return "winograd F(4x4,3x3)" + to_string(p.edges) + (p.pieces ? ", products on AMX tiles, " : ", ") + schedules[int(p.schedule)] +
+         ", tiles " + std::to_string(p.tiles) +
          (p.schedule == Schedule::chunks_split ? " in " + std::to_string(p.splits) + " parts: " : ": ") + p.reason;
 }
 
@@ -132,6 +135,29 @@ inline Plan plan_chunks(int64_t tiles, int64_t in, int64_t blocks, const Machine
   return {Algorithm::winograd, Schedule::chunks_split, tiles, in, 1, 0, reason, parts, edges};
 }
 
+// Whether AMX multiplies floats in pieces. Packing them costs what 20 to 40 of each value's products do, so that channels on both
+// sides and tiles must be many. It depends on the problem alone: pieces and vectors differ in their last bits.
+inline bool in_pieces(DType dtype, int64_t in, int64_t out, int64_t tiles, const Machine& m) {
+  return m.amx && dtype == DType::f32 && in % 32 == 0 && in >= 96 && out >= 96 && tiles >= 128;
+}
+
+// V and M of a pass pass through L3: 64 MB of them leave the workspace room for U in what a thread keeps. A thread packs U of a
+// point and a range of output channels where its L2 keeps it.
+inline Plan plan_pieces(int64_t tiles, int64_t in, int64_t out, const Machine& m, const Edges& edges) {
+  const int64_t blocks = ceil_div(out, m.block), fitting = (64 << 20) / (36 * 4 * (in + out));
+  const int64_t ranges = std::max(ceil_div(6 * in * blocks * m.block, 800 << 10), ceil_div(4 * m.threads, 36));
+  return {Algorithm::winograd,
+          Schedule::points_split,
+          equal_chunk(tiles, std::clamp<int64_t>(fitting, 128, 800), 1),
+          in,
+          1,
+          0,
+          "a float is three bfloat16",
+          std::min(blocks, ranges),
+          edges,
+          true};
+}
+
 // Forward and grad_input: n images of h x w, `in` channels read, `out` channels written.
 inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m, Algorithm wanted) {
   if (m.amx && dtype == DType::bf16 && wanted != Algorithm::winograd) return plan_amx(n, in, out, h, w, m);
@@ -141,6 +167,7 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
   if (direct) return plan_direct(n, in, h, w, m.threads, direct);
   const int64_t tiles = tile_grid(n, h, w).count(), blocks = ceil_div(out, m.block);
   const Edges edges = edges_of(h, w);
+  if (in_pieces(dtype, in, out, tiles, m)) return plan_pieces(tiles, in, out, m, edges);
   const int64_t v_bytes = 36 * 4 * points_row(in, m) * m.rows, u_bytes = 36 * 4 * in * round_up(out, m.block);
   const int64_t split_passes = in < 64 ? 0 : split_channels_passes(tiles, blocks, u_bytes, m);
   if (split_passes > 0)
@@ -201,7 +228,8 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
   // Each chunk passes V and Z through L3 once, and S once: neither should cost much more than the other. A last chunk of few tiles
   // would pass S like the others, so all are equal.
   const int64_t chunk_bytes = std::clamp<int64_t>(s_bytes * 2 / 3, 4 << 20, 20 << 20);
-  const int64_t fitting = std::max(chunk_bytes / tile_bytes / bias_group * bias_group, bias_group);
+  const bool pieces = in_pieces(dtype, in, out, tiles, m);
+  const int64_t multiple = pieces ? 32 : bias_group, fitting = std::max(chunk_bytes / tile_bytes / multiple * multiple, multiple);
   const int64_t parts = std::clamp<int64_t>(std::min((16 << 20) / s_bytes, tiles / 128), 1, 4);
   const int64_t of_part = round_up(ceil_div(tiles, parts), bias_group);
   int64_t splits = 1;
@@ -209,12 +237,14 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
   const bool enough = parts * splits >= m.threads;
   return {Algorithm::winograd,
           enough ? Schedule::outputs_split : Schedule::points_split,
-          equal_chunk(of_part, fitting, bias_group),
+          equal_chunk(of_part, fitting, multiple),
           in,
           parts,
           0,
           enough ? "V and Z stay with the thread that made them" : "few output channels and tiles for so many threads",
-          splits};
+          splits,
+          {},
+          pieces};
 }
 
 // Outputs of a fully connected layer that share a piece of x: their rows of weights are read in turn, a kilobyte or two of each.

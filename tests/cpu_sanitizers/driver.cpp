@@ -125,11 +125,18 @@ struct Problem {
 // Every schedule, whether or not plan.h would choose it for so small a problem; direct first.
 std::vector<Plan> plans(DType dtype, const Problem& p, int64_t in, int64_t out, const Machine& m) {
   std::vector<Plan> all = {choose_plan(dtype, p.n, in, out, p.h, p.w, m, Algorithm::direct)};
-  if (m.amx)
+  const bool pieces = m.amx && dtype == DType::f32;
+  if (m.amx && !pieces)
     all.push_back({Algorithm::amx, Schedule::tile_fused, 0, 0, 0, 2, "driver", std::min<int64_t>(ceil_div(out, kAmxBlock), 2)});
   if (p.channels_first) return all;
   const int64_t tiles = tile_grid(p.n, p.h, p.w).count();
   const Edges edges = edges_of(p.h, p.w);
+  if (pieces) {
+    if (in % 32 == 0)
+      all.push_back({Algorithm::winograd, Schedule::points_split, ceil_div(tiles, 2), in, 1, 0, "driver",
+                     std::min<int64_t>(ceil_div(out, m.block), 2), edges, true});
+    return all;
+  }
   all.push_back(choose_plan(dtype, p.n, in, out, p.h, p.w, m, Algorithm::automatic));
   all.push_back({Algorithm::winograd, Schedule::tile_fused, m.rows, in, 2, 0, "driver", 1, edges});
   all.push_back({Algorithm::winograd, Schedule::channels_split, tiles, std::min<int64_t>(in, 24), 1, 0, "driver", 1, edges});
@@ -207,12 +214,14 @@ private:
   void grad_filters(const Image& dz) {
     Expected expected, expected_bias;
     const int64_t groups = ceil_div(tile_grid(p_.n, p_.h, p_.w).count(), 16), blocks = ceil_div(p_.out, k_.block);
+    const bool pieces = machine_.amx && dtype_ == DType::f32;
     const auto winograd = [&](Schedule schedule, int64_t splits) {
-      return Plan{Algorithm::winograd, schedule, 16, p_.in, std::min<int64_t>(groups, 2), 0, "driver", std::min(splits, blocks)};
+      return Plan{Algorithm::winograd,      schedule, 16,    p_.in, std::min<int64_t>(groups, 2), 0, "driver",
+                  std::min(splits, blocks), {},       pieces};
     };
     for (const Plan& plan : {choose_grad_weight_plan(dtype_, p_.n, p_.in, p_.out, p_.h, p_.w, machine_, Algorithm::direct),
                              winograd(Schedule::points_split, 1), winograd(Schedule::outputs_split, 3)}) {
-      if (plan.algorithm == Algorithm::winograd && p_.channels_first) continue;
+      if (plan.algorithm == Algorithm::winograd && (p_.channels_first || (pieces && p_.in % 32 != 0))) continue;
       Buffer dw(w_.bytes()), bias(p_.out * sizeof(float));
       Buffer workspace(grad_weight_workspace(k_, plan, x, dz) * sizeof(float), 64);
       grad_weight(k_, plan, x, dz, {dtype_, p_.out, p_.in, dw.as(), p_.in * 9, 9, 3, 1}, bias.as<float>(), workspace.as<float>(),
@@ -303,7 +312,8 @@ int main(int count, char** arguments) {
   for (const Place where : {Place::heap, Place::page_end, Place::page_begin})
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
       for (const Problem& problem : problems) {
-        if (k.amx_rows && dtype != DType::bf16) continue; // the rest is avx512's
+        const bool pieces = dtype == DType::f32 && (problem.in % 32 == 0 || problem.out % 32 == 0);
+        if (k.amx_rows && dtype != DType::bf16 && !pieces) continue; // the rest is avx512's
         if (few && (where != Place::heap || dtype != DType::f32 || problem.n * problem.h < 13)) continue;
         place = where, threads = where == Place::page_begin ? 1 : 3;
         run_linear(k, dtype, 1 + problem.in % max_linear_rows, 9 * problem.in, problem.out);
