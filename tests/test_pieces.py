@@ -60,7 +60,7 @@ def error(got: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("name", SHAPES)
 def test_pieces_are_as_accurate_as_vectors(name: str, amx: str) -> None:
     """A product of pieces that is missing, the smallest of the six included, costs several times the error that vectors have."""
-    n, c_in, c_out, h, w = shape = SHAPES[name]
+    n, _, c_out, h, w = shape = SHAPES[name]
     assert in_pieces(*shape) == [True, c_out % 32 == 0, True]
     operands = *problem(*shape), normal(n, c_out, h, w, seed=5)
     pieces, exact = results(*operands), float64_results(*operands)
