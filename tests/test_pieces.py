@@ -72,6 +72,25 @@ def test_pieces_are_as_accurate_as_vectors(name: str, amx: str) -> None:
         assert error(got, expected) < 1.2e-6, what
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_images(dtype: torch.dtype) -> None:
+    _C.set_conv_algo("winograd")
+    shape = SHAPES["edges of F(2)"]
+    operands = problem(*shape, dtype, grad=True)
+    grad = normal(5, 96, 22, 26, dtype=dtype, seed=5)
+    check_against_float64(*operands, grad, relu=True, pool=False, algo="winograd")
+
+
+@pytest.mark.parametrize("size", [(1, 24, 24), (1, 22, 30), (2, 14, 14), (3, 29, 16)])
+def test_gradients_of_filters_over_few_tiles(size: tuple[int, int, int]) -> None:
+    """36, 48, 32 and 96 tiles, which the last step of 32 terms is or is not filled by."""
+    n, h, w = size
+    operands = *problem(n, 96, 96, h, w), normal(n, 96, h, w, seed=5)
+    assert in_pieces(n, 96, 96, h, w) == [False, False, True]
+    for got, exact in zip(results(*operands)[2:], float64_results(*operands)[2:], strict=True):
+        assert error(got, exact) < 1.2e-6
+
+
 @pytest.mark.parametrize(("relu", "pool"), [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("name", ["edges of F(2)", "one tile in the last panel"])
 def test_relu_and_pool(name: str, relu: bool, pool: bool) -> None:
@@ -151,18 +170,20 @@ def test_the_smallest_numbers() -> None:
 
 
 def test_when() -> None:
-    """By the problem alone, whatever the threads: float32, whole blocks of 32 input channels, enough channels and tiles."""
+    """By the problem alone, whatever the threads: whole blocks of 32 input channels, enough channels and tiles."""
     assert in_pieces(2, 96, 96, 32, 32) == [True] * 3
-    assert in_pieces(2, 96, 96, 32, 32, "bfloat16") == [False] * 3
-    assert in_pieces(2, 96, 96, 32, 32, "float16") == [False] * 3
+    assert in_pieces(2, 96, 96, 32, 32, "float16") == [True] * 3
+    assert in_pieces(2, 96, 96, 32, 32, "bfloat16") == [False] * 3  # which tile registers multiply directly
     assert in_pieces(2, 96, 97, 32, 32) == [True, False, True]
     assert in_pieces(2, 64, 96, 32, 32) == [False] * 3
-    assert in_pieces(1, 96, 96, 32, 32) == [False] * 3
+    assert in_pieces(1, 96, 96, 32, 32) == [False, False, True]  # 64 tiles
+    assert in_pieces(1, 96, 96, 20, 20) == [False] * 3
     for threads in (1, 2, 16, 64):
         torch.set_num_threads(threads)
         assert in_pieces(2, 96, 96, 32, 32) == [True] * 3
     _C.set_conv_algo("winograd")
     assert in_pieces(2, 96, 96, 32, 32) == [True] * 3
+    assert in_pieces(2, 96, 96, 32, 32, "bfloat16") == [True] * 3
     _C.set_conv_algo("direct")
     assert in_pieces(2, 96, 96, 32, 32) == [False] * 3
 

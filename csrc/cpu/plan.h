@@ -136,9 +136,9 @@ inline Plan plan_chunks(int64_t tiles, int64_t in, int64_t blocks, const Machine
 }
 
 // Whether AMX multiplies floats in pieces. Packing them costs what 20 to 40 of each value's products do, so that channels on both
-// sides and tiles must be many. It depends on the problem alone: pieces and vectors differ in their last bits.
-inline bool in_pieces(DType dtype, int64_t in, int64_t out, int64_t tiles, const Machine& m) {
-  return m.amx && dtype == DType::f32 && in % 32 == 0 && in >= 96 && out >= 96 && tiles >= 128;
+// sides must be many, and in forward tiles. It depends on the problem alone: pieces and vectors differ in their last bits.
+inline bool in_pieces(int64_t in, int64_t out, const Machine& m) {
+  return m.amx && in % 32 == 0 && in >= 96 && out >= 96;
 }
 
 // V and M of a pass pass through L3: 64 MB of them leave the workspace room for U in what a thread keeps. A thread packs U of a
@@ -167,7 +167,7 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
   if (direct) return plan_direct(n, in, h, w, m.threads, direct);
   const int64_t tiles = tile_grid(n, h, w).count(), blocks = ceil_div(out, m.block);
   const Edges edges = edges_of(h, w);
-  if (in_pieces(dtype, in, out, tiles, m)) return plan_pieces(tiles, in, out, m, edges);
+  if (in_pieces(in, out, m) && tiles >= 128) return plan_pieces(tiles, in, out, m, edges);
   const int64_t v_bytes = 36 * 4 * points_row(in, m) * m.rows, u_bytes = 36 * 4 * in * round_up(out, m.block);
   const int64_t split_passes = in < 64 ? 0 : split_channels_passes(tiles, blocks, u_bytes, m);
   if (split_passes > 0)
@@ -228,7 +228,7 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
   // Each chunk passes V and Z through L3 once, and S once: neither should cost much more than the other. A last chunk of few tiles
   // would pass S like the others, so all are equal.
   const int64_t chunk_bytes = std::clamp<int64_t>(s_bytes * 2 / 3, 4 << 20, 20 << 20);
-  const bool pieces = in_pieces(dtype, in, out, tiles, m);
+  const bool pieces = in_pieces(in, out, m) && tiles >= 32;
   const int64_t multiple = pieces ? 32 : bias_group, fitting = std::max(chunk_bytes / tile_bytes / multiple * multiple, multiple);
   const int64_t parts = std::clamp<int64_t>(std::min((16 << 20) / s_bytes, tiles / 128), 1, 4);
   const int64_t of_part = round_up(ceil_div(tiles, parts), bias_group);
