@@ -58,9 +58,11 @@ class Config(NamedTuple):
         return f"{self.isa}-{self.algo}-{str(self.dtype).removeprefix('torch.')}"
 
 
-# AMX's tile registers, or the same kernels over an emulation of them: another direct kernel for bfloat16, and no other difference.
-AMX = next((isa for isa in _C.cpu_isas() if isa.startswith("amx")), None)
-ISAS = [isa for isa in _C.cpu_isas() if not isa.startswith("amx")]
+# AMX's tile registers, or the same kernels over an emulation of them: another direct kernel for bfloat16, and Winograd's products
+# of many channels (test_pieces.py).
+AMX_FORMS = [isa for isa in _C.cpu_isas() if isa.startswith("amx")]
+AMX = next(iter(AMX_FORMS), None)
+ISAS = [isa for isa in _C.cpu_isas() if isa not in AMX_FORMS]
 CONFIGS = [Config(isa, algo, dtype) for isa in ISAS for algo in ALGOS for dtype in DTYPES]
 CONFIGS += [Config(AMX, "direct", torch.bfloat16)] if AMX else []
 CONFIGS_FP32 = [config for config in CONFIGS if config.dtype == torch.float32]
@@ -115,6 +117,25 @@ def gradients(y: Tensor, inputs: tuple[Tensor | None, ...], grad: Tensor | None 
     """Gradients of ``(y * grad).sum()`` with respect to those inputs that are there; ``grad`` defaults to ones."""
     wanted = [t for t in inputs if t is not None]
     return list(torch.autograd.grad(y, wanted, torch.ones_like(y) if grad is None else grad))
+
+
+NAMES = ("y", "grad x", "grad weight", "grad bias")  # of what these give
+
+
+def results(function, operands: list[Tensor], grad: Tensor, relu: bool, pool: bool) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    leaves = [t.detach().requires_grad_() for t in operands]
+    y = function(*leaves, relu=relu, pool=pool)
+    return [y.detach(), *gradients(y, tuple(leaves), grad)]
+
+
+def float64_results(operands: list[Tensor], grad: Tensor, relu: bool, pool: bool) -> list[Tensor]:
+    """torch's in float64, but the input's gradient as the convolution that it is, whose padding is multiplied as the forward's."""
+    x, weight, bias = (t.detach().double().requires_grad_() for t in operands)
+    z = F.conv2d(x, weight, bias, padding=1)
+    y = F.relu(z) if relu else z
+    y = F.max_pool2d(y, 2) if pool else y
+    dz, dw, db = torch.autograd.grad(y, (z, weight, bias), grad.double())
+    return [y.detach(), F.conv2d(dz, weight.detach().flip(2, 3).transpose(0, 1), padding=1), dw, db]
 
 
 # ---- memory layouts -------------------------------------------------------------------------------------------------

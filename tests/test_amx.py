@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from reference import (
+    AMX_FORMS,
     assert_same_bits,
     check_against_float64,
     composition,
@@ -21,12 +22,11 @@ from torch import Tensor
 
 from vggfast import _C, explain, ops, switches, vgg11
 
-FORMS = [isa for isa in _C.cpu_isas() if isa.startswith("amx")]
-pytestmark = pytest.mark.skipif(not FORMS, reason="AMX's kernels and their emulation need AVX-512")
+pytestmark = pytest.mark.skipif(not AMX_FORMS, reason="AMX's kernels and their emulation need AVX-512")
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(autouse=True, params=FORMS)
+@pytest.fixture(autouse=True, params=AMX_FORMS)
 def amx(request: pytest.FixtureRequest) -> str:
     _C.set_cpu_isa(request.param)
     _C.set_conv_algo("direct")  # so that gradients of filters are exact, too
@@ -174,7 +174,7 @@ def test_denormals_are_zero() -> None:
 
 
 def test_registers_and_emulation_agree() -> None:
-    if "amx" not in FORMS:
+    if "amx" not in AMX_FORMS:
         pytest.skip("this CPU has no AMX to compare its emulation with")
     for shape in ((2, 64, 48, 9, 14), (1, 3, 64, 18, 33), (1, 300, 16, 5, 16)):
         x, weight, bias = problem(*shape, BF16)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
-from reference import assert_same_bits, check_against_float64, gradients, normal, problem
+from network_reference import error
+from reference import AMX_FORMS, NAMES, assert_same_bits, check_against_float64, normal, problem
 from torch import Tensor
 
 from vggfast import _C, ops
 
-FORMS = [isa for isa in _C.cpu_isas() if isa.startswith("amx")]
-pytestmark = pytest.mark.skipif(not FORMS, reason="AMX's kernels and their emulation need AVX-512")
-NAMES = ("y", "grad_input", "grad_weight", "grad_bias")
+pytestmark = pytest.mark.skipif(not AMX_FORMS, reason="AMX's kernels and their emulation need AVX-512")
 
 # n, c_in, c_out, h, w and what is special about it: panels are 32 tiles or channels, 128 tiles at least are done in pieces.
 SHAPES = {
@@ -29,7 +29,7 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True, params=FORMS)
+@pytest.fixture(autouse=True, params=AMX_FORMS)
 def amx(request: pytest.FixtureRequest) -> str:
     _C.set_cpu_isa(request.param)
     _C.set_conv_algo("auto")
@@ -41,20 +41,12 @@ def in_pieces(n: int, c_in: int, c_out: int, h: int, w: int, dtype: str = "float
     return ["products on AMX tiles" in _C.cpu_plan(which, n, c_in, c_out, h, w, dtype) for which in passes]
 
 
-def results(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
-    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-    y = ops.conv3x3(*leaves, relu=False)
-    return [y.detach(), *gradients(y, tuple(leaves), grad)]
+def results(*operands: Tensor) -> list[Tensor]:
+    return reference.results(ops.conv3x3, list(operands[:3]), operands[3], False, False)
 
 
-def float64_results(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
-    leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    y = F.conv2d(*leaves, padding=1)
-    return [y.detach(), *gradients(y, tuple(leaves), grad.double())]
-
-
-def error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
+def float64_results(*operands: Tensor) -> list[Tensor]:
+    return reference.float64_results(list(operands[:3]), operands[3], False, False)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -189,7 +181,7 @@ def test_when() -> None:
 
 
 def test_registers_and_emulation_agree() -> None:
-    if "amx" not in FORMS:
+    if "amx" not in AMX_FORMS:
         pytest.skip("this CPU has no AMX to compare its emulation with")
     for shape in ((2, 96, 96, 32, 32), (5, 128, 96, 22, 26)):
         n, _, c_out, h, w = shape

@@ -16,16 +16,19 @@ from reference import (
     AMX,
     CONFIGS,
     CONFIGS_FP32,
+    NAMES,
     SUBNORMAL,
     Config,
     assert_same_bits,
     assert_same_specials,
     composition,
+    float64_results,
     generator,
     gradients,
     normal,
     pool_positions,
     problem,
+    results,
 )
 from torch import Tensor
 
@@ -33,29 +36,12 @@ from vggfast import _C, ops
 
 NAN, INF = math.nan, math.inf
 EPILOGUES = list(itertools.product([False, True], repeat=2))  # relu, pool
-NAMES = ("y", "grad x", "grad weight", "grad bias")
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """The tensors are tiny; threads would only wait for each other."""
     torch.set_num_threads(1)
-
-
-def results(function, operands: list[Tensor], grad: Tensor, relu: bool, pool: bool) -> list[Tensor]:  # type: ignore[no-untyped-def]
-    leaves = [t.detach().requires_grad_() for t in operands]
-    y = function(*leaves, relu=relu, pool=pool)
-    return [y.detach(), *gradients(y, tuple(leaves), grad)]
-
-
-def float64_results(operands: list[Tensor], grad: Tensor, relu: bool, pool: bool) -> list[Tensor]:
-    """torch's in float64, but the input's gradient as the convolution that it is, whose padding is multiplied as the forward's."""
-    x, weight, bias = (t.detach().double().requires_grad_() for t in operands)
-    z = F.conv2d(x, weight, bias, padding=1)
-    y = F.relu(z) if relu else z
-    y = F.max_pool2d(y, 2) if pool else y
-    dz, dw, db = torch.autograd.grad(y, (z, weight, bias), grad.double())
-    return [y.detach(), F.conv2d(dz, weight.detach().flip(2, 3).transpose(0, 1), padding=1), dw, db]
 
 
 # ---- NaN and infinities ---------------------------------------------------------------------------------------------

@@ -50,6 +50,12 @@ static void amx_load_row(const Image& x, int64_t n, int64_t h, const AmxShape& s
   }
 }
 
+// The leading 16 bits of two vectors of floats, which are bfloat16 values: low[i] and high[i] side by side.
+static inline __m512i side_by_side(Vec low, Vec high) {
+  const __m512i even = _mm512_srli_epi32(_mm512_castps_si512(low.reg), 16);
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, even, _mm512_castps_si512(high.reg));
+}
+
 // Filters of one block of output channels as [steps][2 tiles][pairs of values][16 outputs][2], zero past the last channels.
 static void amx_filters(const Filters& w, int64_t block, BFloat16* packed) {
   const AmxShape shape(w.in, 1);
@@ -65,8 +71,7 @@ static void amx_filters(const Filters& w, int64_t block, BFloat16* packed) {
     for (int tap = 0; tap < 9; ++tap) {
       const int64_t step = shape.few ? tap / 3 : c / 32 * 9 + tap, value = shape.few ? tap % 3 * shape.channels + c : c % 32;
       for (int tile = 0; tile < 2; ++tile) {
-        const __m512i even = _mm512_srli_epi32(_mm512_load_si512(taps[0][tap] + 16 * tile), 16);
-        const __m512i pair = _mm512_mask_blend_epi16(0xaaaaaaaa, even, _mm512_load_si512(taps[1][tap] + 16 * tile));
+        const __m512i pair = side_by_side(Vec::load(taps[0][tap] + 16 * tile), Vec::load(taps[1][tap] + 16 * tile));
         _mm512_storeu_si512(packed + (2 * step + tile) * kAmxTile + value / 2 * kAmxBlock, pair);
       }
     }

@@ -15,8 +15,7 @@ static inline void store_pieces(Vec low, Vec high, BFloat16* p) {
   const auto rest = [&](Vec v) { return v - Vec{_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v.reg), leading))}; };
 #pragma GCC unroll 3
   for (int i = 0; i < kPieces; ++i, p += 2 * kAmxTile) {
-    const __m512i even = _mm512_srli_epi32(_mm512_castps_si512(low.reg), 16);
-    _mm512_store_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, _mm512_castps_si512(high.reg)));
+    _mm512_store_si512(p, side_by_side(low, high));
     if (i + 1 < kPieces) low = rest(low), high = rest(high);
   }
 }
@@ -59,7 +58,7 @@ static void pack_right(const float* b, int64_t term, int64_t terms, BFloat16* pa
       }
 }
 
-// What is packed next, asked for a few lines with each step.
+// What is read next, asked for a few lines with each step.
 struct LinesAhead {
   const float* data;
   int64_t lines;

@@ -102,16 +102,21 @@ bool forward_tile_fused(const Kernels& k, const Plan& plan, const Image& x, cons
   return finite;
 }
 
+// body(begin, end) for ranges of `size` that make up [0, count).
+template <class Body>
+void parallel_ranges(const Parallel& parallel, int64_t count, int64_t size, const Body& body) {
+  parallel(ceil_div(count, size), [&](int64_t i) { body(i * size, std::min((i + 1) * size, count)); });
+}
+constexpr int64_t tiles_at_once = 4; // that a thread transforms where V or M is shared
+
 // Pass by pass over the tiles: all threads make V of as many as the plan says, and then use it.
 template <class Use>
 void shared_input(const Kernels& k, const Plan& plan, const Image& x, const Points& v, bool stream, const Parallel& parallel,
                   const Use& use) {
   const TileGrid grid = tile_grid(x.n, x.h, x.w, plan.edges);
-  const int64_t share = 4;
   for (int64_t first = 0; first < grid.count(); first += plan.tiles) {
     const TileRange tiles{grid, first, std::min(first + plan.tiles, grid.count())};
-    parallel(ceil_div(tiles.count(), share), [&](int64_t i) {
-      const int64_t begin = i * share, end = std::min(begin + share, tiles.count());
+    parallel_ranges(parallel, tiles.count(), tiles_at_once, [&](int64_t begin, int64_t end) {
       k.winograd_input(x, {grid, first + begin, first + end}, v.from(begin), stream);
     });
     use(tiles);
@@ -167,15 +172,21 @@ bool forward_chunks_split(const Kernels& k, const Plan& plan, const Image& x, co
   return finite;
 }
 
+// M of all tiles of a pass and all blocks of output channels.
+Points shared_m(const Kernels& k, const Plan& plan, const Filters& w, float* data) {
+  const int64_t row = points_row(w.out, machine(k, 1));
+  return {data, row, odd_lines(plan.tiles * row)};
+}
+
 // V, U and M are shared, and each thread takes points, through products of pieces: those of one point are a single large product,
 // whose operands are packed as pieces once.
 bool forward_points_split(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* workspace,
                           const Parallel& parallel) {
   const Sizes size(k, plan, x.c);
-  const int64_t blocks = ceil_div(w.out, k.block), m_row = points_row(w.out, machine(k, 1));
+  const int64_t blocks = ceil_div(w.out, k.block);
   const Points v{workspace, size.v_row, size.v_position};
   float* u = v.data + size.v;
-  const Points m{u + blocks * size.u, m_row, odd_lines(plan.tiles * m_row)};
+  const Points m = shared_m(k, plan, w, u + blocks * size.u);
   std::atomic<bool> finite{true};
   all_filters(k, w, size.u, u, parallel);
   shared_input(k, plan, x, v, false, parallel, [&](const TileRange& tiles) {
@@ -189,9 +200,7 @@ bool forward_points_split(const Kernels& k, const Plan& plan, const Image& x, co
                         u + first * size.u + point * filters_position(x.c, k.block), size.u, last - first,
                         to.data + point * m.position + first * k.block, m.row, scratch(pieces_scratch(x.c, last - first)));
     });
-    const int64_t share = 4;
-    parallel(ceil_div(tiles.count(), share), [&](int64_t i) {
-      const int64_t begin = i * share, end = std::min(begin + share, tiles.count());
+    parallel_ranges(parallel, tiles.count(), tiles_at_once, [&](int64_t begin, int64_t end) {
       for (int64_t b = 0; b < blocks; ++b) {
         const Points block{m.data + begin * m.row + b * k.block, m.row, m.position};
         if (!k.winograd_output(block, {tiles.grid, tiles.begin + begin, tiles.begin + end}, b, out))
@@ -219,7 +228,7 @@ int64_t forward_workspace(const Kernels& k, const Plan& plan, const Image& x, co
   const Sizes size(k, plan, x.c);
   if (plan.schedule == Schedule::tile_fused) return std::max(ceil_div(w.out, k.block) * size.u, direct);
   if (plan.schedule == Schedule::channels_split) return std::max(size.v, direct);
-  const int64_t m = plan.schedule == Schedule::points_split ? 36 * odd_lines(plan.tiles * points_row(w.out, machine(k, 1))) : 0;
+  const int64_t m = plan.schedule == Schedule::points_split ? 36 * shared_m(k, plan, w, nullptr).position : 0;
   return std::max(size.v + m + ceil_div(w.out, k.block) * size.u, direct);
 }
 
@@ -238,13 +247,11 @@ void forward(const Kernels& k, const Plan& plan, const Image& x, const Filters& 
 }
 
 void max_pool(const Kernels& k, const Image& x, const Output& out, const Parallel& parallel) {
-  const int64_t rows = x.n * (x.h / 2), share = 4;
-  parallel(ceil_div(rows, share), [&](int64_t i) { k.max_pool_rows(x, out, i * share, std::min((i + 1) * share, rows)); });
+  parallel_ranges(parallel, x.n * (x.h / 2), 4, [&](int64_t begin, int64_t end) { k.max_pool_rows(x, out, begin, end); });
 }
 
 void max_pool_grad(const Kernels& k, const Image& dz, const Output& out, const Parallel& parallel) {
-  const int64_t rows = dz.n * dz.h, share = 8;
-  parallel(ceil_div(rows, share), [&](int64_t i) { k.max_pool_grad_rows(dz, out, i * share, std::min((i + 1) * share, rows)); });
+  parallel_ranges(parallel, dz.n * dz.h, 8, [&](int64_t begin, int64_t end) { k.max_pool_grad_rows(dz, out, begin, end); });
 }
 
 } // namespace vggfast::cpu
