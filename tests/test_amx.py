@@ -86,6 +86,33 @@ def test_bands_and_ranges_of_channels_make_no_difference(threads: int) -> None:
     assert len(plans) == 2
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_filters_packed_where_they_are_used(n: int) -> None:
+    """Many filters for few pixels: each thread packs those of its own output channels, as long as each has two blocks of them."""
+    torch.set_num_threads(2)
+    assert "packed where they are used" in _C.cpu_plan("forward", n, 256, 264, 5, 9, "bfloat16")
+    equals_torch_for_integers(n, 256, 264, 5, 9)
+    x, weight = integers(n, 256, 5, 9, dtype=BF16), integers(264, 256, 3, 3, dtype=BF16, seed=1)
+    expected = ops.conv3x3(x, weight)
+    assert_same_bits(ops.conv3x3(x, weight.contiguous(memory_format=torch.channels_last)), expected)
+    torch.set_num_threads(16)
+    assert "packed where they are used" not in _C.cpu_plan("forward", n, 256, 264, 5, 9, "bfloat16")
+    assert_same_bits(ops.conv3x3(x, weight), expected)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_small_images_share_a_job(pool: bool) -> None:
+    """Many filters are then read once for all of them; the last job has fewer."""
+    torch.set_num_threads(2)
+    assert "bands of 8 rows of 5 images" in _C.cpu_plan("forward", 13, 512, 128, 7, 7, "bfloat16")
+    x, weight = integers(13, 512, 7, 7, dtype=BF16), integers(128, 512, 3, 3, dtype=BF16, seed=1)
+    y = ops.conv3x3(x, weight, pool=pool)
+    assert_same_bits(y, composition(x.float(), weight.float(), None, pool=pool).to(BF16))
+    torch.set_num_threads(16)
+    assert "images" not in _C.cpu_plan("forward", 13, 512, 128, 7, 7, "bfloat16")
+    assert_same_bits(ops.conv3x3(x, weight, pool=pool), y)
+
+
 @pytest.mark.parametrize("c_out", [32, 48, 64])
 def test_outputs_larger_than_the_caches(c_out: int) -> None:
     """Whole lines of 32 channels are stored past the caches; with other numbers of channels they are not."""

@@ -28,9 +28,11 @@ struct AmxShape {
   int64_t band(int64_t height, int64_t width) const {
     return (round_up(height, 2) + 2) * row(width) + (columns * pixels - width) * pitch;
   }
-  // Floats of a job's memory: twice the sums of two tiles in two rows, where steps begin, the band.
-  int64_t floats(int64_t height, int64_t width) const {
-    return 2 * kAmxResults + 2 * round_up(steps, 8) + ceil_div(band(height, width), 2);
+  // Floats of a job's memory: twice the sums of two tiles in two rows, where steps begin, filters if it packs its own, a band of
+  // each image.
+  int64_t floats(int64_t images, int64_t height, int64_t width, bool own_filters) const {
+    const int64_t elements = images * band(height, width) + (own_filters ? filters() : 0);
+    return 2 * kAmxResults + 2 * round_up(steps, 8) + ceil_div(elements, 2);
   }
   // From the pixel above and left of an output to the first value of a step. Taps follow each other within 32 channels, so that
   // nine steps read the same lines.

@@ -130,20 +130,49 @@ private:
   int64_t rows, columns, pixel;
 };
 
+// What a job reads next from beyond L2.
+struct AmxNext {
+  const void* data;
+  int64_t bytes;
+};
+
+// While it multiplies by the filters of `block`: where a layer has many, the next block's; else what the next job takes of the
+// image.
+static AmxNext amx_next(const Image& x, const Filters& w, const BFloat16* packed, const AmxJob& job, int64_t block) {
+  const int64_t size = AmxShape(x.c, x.w).filters(), bytes = size * sizeof(BFloat16), blocks = job.end - job.begin;
+  const int64_t next = block + 1 < job.end ? block + 1 : job.begin;
+  if (!packed) {
+    const int64_t k0 = next * kAmxBlock, lanes = w.out - k0 < kAmxBlock ? w.out - k0 : kAmxBlock;
+    const bool together = w.stride_out == 9 * w.in && next > block;
+    return {(const BFloat16*)w.data + k0 * w.stride_out, together ? lanes * w.stride_out * int64_t(sizeof(BFloat16)) : 0};
+  }
+  if (bytes * blocks > 512 * 1024) return {packed + next * size, bytes};
+  const bool last = job.h_end == x.h, dense = x.stride_c == 1 && x.stride_w == x.c && x.stride_h == x.w * x.c;
+  if (x.kind != ImageKind::plain || !dense || (last && job.n_end == x.n)) return {nullptr, 0};
+  const int64_t first = last ? job.n_end * x.stride_n : (job.n_end - 1) * x.stride_n + (job.h_end + 1) * x.stride_h;
+  const int64_t part = (job.h_end - job.h_begin) * x.stride_h / blocks;
+  return {(const BFloat16*)x.data + first + (block - job.begin) * part, part * int64_t(sizeof(BFloat16))};
+}
+
 // What the vector units do while the tile registers multiply, a little with each step: they store the results of the tile before,
-// and ask for the next block's filters, which come from beyond L2 where a layer has many.
+// and ask for what is read next.
 struct AmxMeanwhile {
-  int64_t lines; // of filters, a step
-  const BFloat16* filters = nullptr;
+  const char* next = nullptr;
+  int64_t lines = 0; // of it, a step
   std::optional<AmxResults> results = {};
   int64_t stored = 0, due = 0;
+
+  void ask_for(const AmxNext& what, int64_t steps) {
+    next = (const char*)what.data;
+    lines = ceil_div(what.bytes, 64 * steps);
+  }
 
   void begin(const AmxResults& next) {
     results.emplace(next);
     stored = 0, due = 0;
   }
   void step(int64_t steps) {
-    for (int64_t line = 0; line < lines; ++line, filters += 32) __builtin_prefetch(filters, 0, 2);
+    for (int64_t line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
     if (!results) return;
     for (due += results->count(); due >= 2 * steps && stored < results->count(); due -= 2 * steps, stored += 2)
       results->store(stored);
@@ -180,31 +209,37 @@ static inline void amx_multiply(const BFloat16* pixels, int64_t row_size, const 
   if (tiles == 2) Tiles::store<1>(sums + 16, sum_bytes), Tiles::store<3>(sums + 16 * kAmxBlock + 16, sum_bytes);
 }
 
-// Output rows [h_begin, h_end) of image n and blocks [begin, end) of its channels; h_begin is even. scratch: AmxShape::floats().
-static void amx_rows(const Image& x, const BFloat16* packed, const Output& out, int64_t n, int64_t h_begin, int64_t h_end,
-                     int64_t begin, int64_t end, float* scratch) {
+// scratch: AmxShape::floats(). Filters are packed, or made here if that is null.
+static void amx_rows(const Image& x, const Filters& w, const BFloat16* packed, const Output& out, const AmxJob& job,
+                     float* scratch) {
   const AmxShape shape(x.c, x.w);
-  const int64_t row_size = shape.row(x.w), size = shape.filters();
+  const int64_t row_size = shape.row(x.w), size = shape.filters(), height = job.h_end - job.h_begin;
   float *sums = scratch, *last_sums = sums + kAmxResults;
   int64_t* offsets = (int64_t*)(scratch + 2 * kAmxResults);
-  BFloat16* band = (BFloat16*)(offsets + round_up(shape.steps, 8));
+  BFloat16 *own = (BFloat16*)(offsets + round_up(shape.steps, 8)), *bands = packed ? own : own + size;
   for (int64_t step = 0; step < shape.steps; ++step) offsets[step] = shape.offset(step, row_size);
-  for (int64_t h = h_begin - 1; h <= h_begin + round_up(h_end - h_begin, 2); ++h)
-    amx_load_row(x, n, h, shape, band + (h - h_begin + 1) * row_size);
+  for (int64_t n = job.n_begin; n < job.n_end; ++n) {
+    BFloat16* band = bands + (n - job.n_begin) * shape.band(height, x.w);
+    for (int64_t row = 0; row < round_up(height, 2) + 2; ++row)
+      amx_load_row(x, n, job.h_begin + row - 1, shape, band + row * row_size);
+  }
   Tiles::configure(int(shape.pixels), int(shape.depth));
-  const int64_t tiles = ceil_div(h_end - h_begin, 2) * shape.columns, block_bytes = size * sizeof(BFloat16);
-  AmxMeanwhile meanwhile{block_bytes * (end - begin) > 512 * 1024 ? ceil_div(block_bytes / 64, tiles * shape.steps) : 0};
-  for (int64_t block = begin; block < end; ++block) {
-    const BFloat16* filters = packed + block * size;
-    meanwhile.filters = packed + (block + 1 < end ? block + 1 : begin) * size;
+  const int64_t tiles = (job.n_end - job.n_begin) * ceil_div(height, 2) * shape.columns;
+  AmxMeanwhile meanwhile;
+  for (int64_t block = job.begin; block < job.end; ++block) {
+    if (!packed) amx_filters(w, block, own);
+    const BFloat16* filters = packed ? packed + block * size : own;
+    meanwhile.ask_for(amx_next(x, w, packed, job, block), tiles * shape.steps);
     const auto multiply = out.c - block * kAmxBlock > 16 ? amx_multiply<2> : amx_multiply<1>;
-    for (int64_t h = h_begin; h < h_end; h += 2)
-      for (int64_t w = 0; w < x.w; w += shape.pixels) {
-        multiply(band + (h - h_begin) * row_size + w * shape.pitch, row_size, shape, offsets, filters, sums, meanwhile);
-        meanwhile.finish();
-        meanwhile.begin({out, sums, n, h, w, shape.pixels, block * kAmxBlock});
-        std::swap(sums, last_sums);
-      }
+    for (int64_t n = job.n_begin; n < job.n_end; ++n)
+      for (int64_t h = job.h_begin; h < job.h_end; h += 2)
+        for (int64_t column = 0; column < x.w; column += shape.pixels) {
+          const BFloat16* band = bands + (n - job.n_begin) * shape.band(height, x.w);
+          multiply(band + (h - job.h_begin) * row_size + column * shape.pitch, row_size, shape, offsets, filters, sums, meanwhile);
+          meanwhile.finish();
+          meanwhile.begin({out, sums, n, h, column, shape.pixels, block * kAmxBlock});
+          std::swap(sums, last_sums);
+        }
   }
   meanwhile.finish();
   Tiles::release();

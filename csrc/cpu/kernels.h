@@ -46,6 +46,13 @@ static inline int64_t pieces_scratch(int64_t terms, int64_t blocks) {
 
 struct BFloat16;
 
+// What a thread computes at once.
+struct AmxJob {
+  int64_t n_begin, n_end; // images
+  int64_t h_begin, h_end; // output rows of each; h_begin is even
+  int64_t begin, end;     // blocks of output channels
+};
+
 struct Kernels {
   const char* name;
   int width; // floats a vector
@@ -79,10 +86,10 @@ struct Kernels {
 
   int64_t (*fma_loop)(int64_t steps, float* out); // how many operations it did; `out` holds 16 floats, two of them read
 
-  // Only with AMX's tile registers, for bfloat16; else null. Blocks [begin, end) of the output channels.
+  // Only with AMX's tile registers, for bfloat16; else null. Blocks [begin, end) of the output channels. packed may be null: then
+  // filters are packed where they are used.
   void (*amx_filters)(const Filters&, int64_t block, BFloat16* packed) = nullptr;
-  void (*amx_rows)(const Image&, const BFloat16* packed, const Output&, int64_t n, int64_t h_begin, int64_t h_end, int64_t begin,
-                   int64_t end, float* scratch) = nullptr;
+  void (*amx_rows)(const Image&, const Filters&, const BFloat16* packed, const Output&, const AmxJob&, float* scratch) = nullptr;
   void (*amx_grad_rows)(const Image& x, const Image& dz, int64_t row_begin, int64_t row_end, int64_t chunk, int64_t begin,
                         int64_t end, float* sums, double* bias, float* scratch) = nullptr;
   bool (*amx_grad_filters)(const float* sums, int64_t block, const Filters& dw) = nullptr;

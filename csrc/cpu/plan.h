@@ -40,6 +40,9 @@ struct Plan {
   int64_t splits = 1;  // outputs-split, forward's points-split, AMX: ranges of output channels; chunks-split: parts of the tiles
   Edges edges = {};    // forward and grad_input
   bool pieces = false; // products of floats in three pieces, on AMX's tile registers
+  // Forward on AMX: images whose bands a thread takes at once, and whether it packs the filters of its output channels itself.
+  int64_t images = 1;
+  bool own_filters = false;
 };
 
 inline std::string to_string(const Edges& e) {
@@ -53,6 +56,7 @@ inline std::string to_string(const Plan& p) {
     return "direct on AMX tiles, chunks of " + std::to_string(p.tiles) + " rows: " + p.reason;
   if (p.algorithm == Algorithm::amx)
     return "direct on AMX tiles, bands of " + std::to_string(p.band) + " rows" +
+           (p.images > 1 ? " of " + std::to_string(p.images) + " images" : "") +
            (p.splits > 1 ? ", output channels in " + std::to_string(p.splits) + " ranges: " : ": ") + p.reason;
   const char* schedules[] = {"tile-fused", "V shared, output channels split", "V shared, output channels and tiles split",
                              "V shared, points split", "outputs split"};
@@ -94,13 +98,23 @@ inline Plan plan_direct(int64_t n, int64_t in, int64_t h, int64_t w, int threads
 }
 
 // AMX: a thread keeps a padded band in L2, beside the filters of a block of output channels, and passes over it block by block. Few
-// and small bands do not give all threads work: they then take ranges of the output channels as well.
+// and small bands do not give all threads work: they then take ranges of the output channels as well. Where filters are many, what
+// reads them costs: small images then share a job, and where L2 keeps all images no filters are written to be read once.
 inline Plan plan_amx(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m) {
-  const int64_t row_bytes = AmxShape(in, w).row(w) * 2, fitting = (1 << 19) / row_bytes - 2, rows = round_up(h, 2);
-  const int64_t band = cut_band(std::min(std::max<int64_t>(fitting / 2 * 2, 2), rows), 8, n, h, 8 * m.threads);
-  const int64_t jobs = n * ceil_div(h, band), blocks = ceil_div(out, kAmxBlock);
-  const int64_t splits = std::min(blocks, ceil_div(4 * m.threads, jobs));
-  return {Algorithm::amx, Schedule::tile_fused, 0, 0, 0, band, "bfloat16 products are sixteen times as many there", splits};
+  const AmxShape shape(in, w);
+  const int64_t row_bytes = shape.row(w) * 2, image_bytes = shape.band(h, w) * 2, fitting = (1 << 19) / row_bytes - 2;
+  const int64_t rows = round_up(h, 2), blocks = ceil_div(out, kAmxBlock);
+  const bool many = blocks * shape.filters() * 2 > 1 << 20;
+  Plan plan{Algorithm::amx, Schedule::tile_fused, 0, 0, 0, rows, "filters are packed where they are used", m.threads};
+  plan.own_filters = many && image_bytes <= (1 << 20) / n && blocks >= 2 * m.threads;
+  plan.images = plan.own_filters ? n : many ? std::clamp<int64_t>((9 << 16) / image_bytes, 1, n) : 1;
+  if (plan.own_filters) return plan;
+  while (plan.images > 1 && ceil_div(n, plan.images) < m.threads) --plan.images;
+  plan.images = equal_chunk(n, plan.images, 1);
+  if (plan.images == 1) plan.band = cut_band(std::min(std::max<int64_t>(fitting / 2 * 2, 2), rows), 8, n, h, 8 * m.threads);
+  plan.splits = std::min(blocks, ceil_div(4 * m.threads, ceil_div(n, plan.images) * ceil_div(h, plan.band)));
+  plan.reason = "bfloat16 products are sixteen times as many there";
+  return plan;
 }
 
 // Winograd multiplies 36 values a tile and channel pair where direct multiplies 9 a pixel; the transforms cost about a quarter

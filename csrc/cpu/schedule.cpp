@@ -222,7 +222,7 @@ Machine machine(const Kernels& k, int threads) {
 }
 
 int64_t forward_workspace(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output&) {
-  if (plan.algorithm == Algorithm::amx) return amx_workspace(x, w);
+  if (plan.algorithm == Algorithm::amx) return amx_workspace(plan, x, w);
   const int64_t direct = direct_workspace(k, x, w); // Winograd may have to be repeated directly
   if (plan.algorithm == Algorithm::direct) return direct;
   const Sizes size(k, plan, x.c);

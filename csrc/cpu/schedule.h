@@ -15,7 +15,7 @@ int64_t forward_workspace(const Kernels&, const Plan&, const Image& x, const Fil
 void forward(const Kernels&, const Plan&, const Image& x, const Filters& w, const Output&, float* workspace, const Parallel&);
 
 // The same for a plan of Algorithm::amx, which the two above pass on.
-int64_t amx_workspace(const Image& x, const Filters& w);
+int64_t amx_workspace(const Plan&, const Image& x, const Filters& w);
 void forward_amx(const Kernels&, const Plan&, const Image& x, const Filters& w, const Output&, float* workspace, const Parallel&);
 
 int64_t grad_weight_amx_workspace(const Plan&, const Image& x, const Image& dz);

@@ -8,20 +8,26 @@
 
 namespace vggfast::cpu {
 
-int64_t amx_workspace(const Image& x, const Filters& w) {
-  return ceil_div(w.out, kAmxBlock) * AmxShape(x.c, x.w).filters() / 2;
+int64_t amx_workspace(const Plan& plan, const Image& x, const Filters& w) {
+  return plan.own_filters ? 0 : ceil_div(w.out, kAmxBlock) * AmxShape(x.c, x.w).filters() / 2;
 }
 
 void forward_amx(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* workspace,
                  const Parallel& parallel) {
   const AmxShape shape(x.c, x.w);
-  BFloat16* packed = reinterpret_cast<BFloat16*>(workspace);
+  BFloat16* packed = plan.own_filters ? nullptr : reinterpret_cast<BFloat16*>(workspace);
   const int64_t blocks = ceil_div(w.out, kAmxBlock), bands = ceil_div(x.h, plan.band);
-  parallel(blocks, [&](int64_t b) { k.amx_filters(w, b, packed + b * shape.filters()); });
-  parallel(x.n * bands * plan.splits, [&](int64_t job) {
-    const int64_t split = job % plan.splits, band = job / plan.splits, begin = band % bands * plan.band;
-    k.amx_rows(x, packed, out, band / bands, begin, std::min(begin + plan.band, x.h), blocks * split / plan.splits,
-               blocks * (split + 1) / plan.splits, scratch(shape.floats(plan.band, x.w)));
+  if (packed) parallel(blocks, [&](int64_t b) { k.amx_filters(w, b, packed + b * shape.filters()); });
+  parallel(ceil_div(x.n, plan.images) * bands * plan.splits, [&](int64_t index) {
+    const int64_t split = index % plan.splits, band = index / plan.splits;
+    const int64_t n = band / bands * plan.images, h = band % bands * plan.band;
+    const AmxJob job{n,
+                     std::min(n + plan.images, x.n),
+                     h,
+                     std::min(h + plan.band, x.h),
+                     blocks * split / plan.splits,
+                     blocks * (split + 1) / plan.splits};
+    k.amx_rows(x, w, packed, out, job, scratch(shape.floats(plan.images, plan.band, x.w, plan.own_filters)));
   });
 }
 
