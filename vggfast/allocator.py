@@ -1,9 +1,16 @@
-"""The C library's allocator, where tensors on a CPU get their memory."""
+"""The C library's allocator, where tensors on a CPU get their memory, and the size of that memory's pages."""
 
 import ctypes
+import os
+import sys
+from pathlib import Path
+
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3), malloc.h
-NEVER = 2**31 - 1
+NEVER = -1
+MADV_HUGEPAGE = 14  # of madvise(2), mman.h
+HUGE_PAGE = 2 << 20
 
 
 def keep_freed_memory() -> bool:
@@ -11,8 +18,53 @@ def keep_freed_memory() -> bool:
 
     By default glibc gives every large block back to the system, which clears it, page by page, when it is asked for
     again: of VGG11's gradients alone 515 MB in each training step. With this the process keeps the most memory that it
-    ever used. It holds for the whole process, whatever its libraries allocate, and from now on; so it is for programs
-    to call, once, at their start, and no library does.
+    ever used. What it uses from now on lies in huge pages, where Linux grants them: in a virtual machine memory is read
+    up to twice as fast then. It holds for the whole process, whatever its libraries allocate; so it is for programs to
+    call, once, at their start and before they build a model, and no library does.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, NEVER))
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None)
+    if mallopt is None or not (mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, NEVER)):
+        return False
+    _grow_heap(libc)
+    return True
+
+
+def _grow_heap(libc: ctypes.CDLL) -> None:
+    """Addresses for half of the machine's memory, asked to become huge pages where they are used; none is used yet."""
+    if _read("/proc/sys/vm/overcommit_memory") == "2":  # where even addresses count as memory
+        return
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    while size >= HUGE_PAGE:
+        block = libc.malloc(size)
+        if block:
+            _wish(block, size)
+            libc.free(block)
+            return
+        size //= 2
+
+
+def wish_huge_pages(tensor: Tensor) -> None:
+    """Ask Linux for huge pages where this tensor's memory, which nothing has been written to, is on a CPU."""
+    storage = tensor.untyped_storage()
+    if storage.device.type == "cpu":
+        _wish(storage.data_ptr(), storage.nbytes())
+
+
+def _wish(address: int, size: int) -> None:
+    """For the huge pages that lie wholly within these bytes. A wish: where the system grants none, nothing changes."""
+    begin, end = -(-address // HUGE_PAGE) * HUGE_PAGE, (address + size) // HUGE_PAGE * HUGE_PAGE
+    if begin < end and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_HUGEPAGE)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

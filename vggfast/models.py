@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import torch
 from torch import nn
 
+from vggfast.allocator import wish_huge_pages
 from vggfast.fused import FusedSequential
 from vggfast.weight_layouts import adapt_in_channels
 from vggfast.weights import (
@@ -93,10 +94,10 @@ class VGG(nn.Module):
         self.features = features
         self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
         self.classifier = FusedSequential(
-            nn.Linear(512 * 7 * 7, 4096),
+            _linear(512 * 7 * 7, 4096),
             nn.ReLU(inplace=True),
             nn.Dropout(p=dropout),
-            nn.Linear(4096, 4096),
+            _linear(4096, 4096),
             nn.ReLU(inplace=True),
             nn.Dropout(p=dropout),
             nn.Linear(4096, num_classes),
@@ -135,6 +136,19 @@ class VGG(nn.Module):
             raise TypeError(f"features: expected an nn.Conv2d as its first layer, got {type(first).__name__}")
         weight = nn.Parameter(adapt_in_channels(first.weight.detach(), in_channels), first.weight.requires_grad)
         first.weight, first.in_channels = weight, in_channels
+
+
+class _LinearInHugePages(nn.Linear):
+    def reset_parameters(self) -> None:  # is called when the memory is there and nothing has been written to it
+        wish_huge_pages(self.weight)
+        super().reset_parameters()
+
+
+def _linear(in_features: int, out_features: int) -> nn.Linear:
+    """An nn.Linear with its weight in huge pages: each pass reads all of it, in a virtual machine up to twice as fast there."""
+    layer: nn.Linear = _LinearInHugePages(in_features, out_features)
+    layer.__class__ = nn.Linear
+    return layer
 
 
 def _initialise(model: nn.Module) -> None:

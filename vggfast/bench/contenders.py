@@ -11,8 +11,12 @@ from vggfast.bench import BenchError
 from vggfast.bench.cases import BUFFERS, LOSSES, Case
 
 # glibc returns large blocks to the system and page-faults them in again at every use; without these settings torch at batch 8
-# loses up to half its speed. They go to every contender.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+# loses up to half its speed. In a virtual machine pages of 2 MB are read up to twice as fast as those of 4 KB. They go to every contender.
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 @dataclass
