@@ -138,15 +138,15 @@ class VGG(nn.Module):
         first.weight, first.in_channels = weight, in_channels
 
 
-class _LinearInHugePages(nn.Linear):
-    def reset_parameters(self) -> None:  # is called when the memory is there and nothing has been written to it
-        wish_huge_pages(self.weight)
-        super().reset_parameters()
-
-
 def _linear(in_features: int, out_features: int) -> nn.Linear:
     """An nn.Linear with its weight in huge pages: each pass reads all of it, in a virtual machine up to twice as fast there."""
-    layer: nn.Linear = _LinearInHugePages(in_features, out_features)
+
+    class InHugePages(nn.Linear):
+        def reset_parameters(self) -> None:  # is called when the memory is there and nothing has been written to it
+            wish_huge_pages(self.weight)
+            super().reset_parameters()
+
+    layer: nn.Linear = InHugePages(in_features, out_features)
     layer.__class__ = nn.Linear
     return layer
 
