@@ -34,11 +34,8 @@ def _grow_heap(libc: ctypes.CDLL) -> None:
     """Addresses for half of the machine's memory, asked to become huge pages where they are used; none is used yet."""
     if _read("/proc/sys/vm/overcommit_memory") == "2":  # where even addresses count as memory
         return
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_size_t],
-        [ctypes.c_void_p],
-    )
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     while size >= HUGE_PAGE:
         block = libc.malloc(size)

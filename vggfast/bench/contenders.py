@@ -11,7 +11,8 @@ from vggfast.bench import BenchError
 from vggfast.bench.cases import BUFFERS, LOSSES, Case
 
 # glibc returns large blocks to the system and page-faults them in again at every use; without these settings torch at batch 8
-# loses up to half its speed. In a virtual machine pages of 2 MB are read up to twice as fast as those of 4 KB. They go to every contender.
+# loses up to half its speed. In a virtual machine pages of 2 MB are read up to twice as fast as those of 4 KB. The settings go to
+# every contender.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
