@@ -2,7 +2,7 @@
 
     python benchmarks/report.py
 
-The device whose results the pages show is the one in README_DEVICE; README has a line for every other one, and each folder gets
+The device whose results the pages show is the one in README_DEVICE; README has a column for every other one, and each folder gets
 its own pictures.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from os.path import relpath
 from pathlib import Path
 
-from vggfast.bench import loss_report, plots, report, results
+from vggfast.bench import elsewhere, loss_report, plots, report, results
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -38,12 +38,8 @@ def section(folder: Path) -> str:
     if not folder.is_dir():
         return NOTHING
     own = report.markdown(results.load_folder(folder), pictures(folder, plots.PICTURES, README))
-    others = [
-        report.elsewhere(results.load_folder(other), relpath(other, ROOT))
-        for other in measured_devices()
-        if other != folder
-    ]
-    return "\n\n".join([own.rstrip("\n"), *others]) + "\n"
+    others = [(results.load_folder(other), relpath(other, ROOT)) for other in measured_devices() if other != folder]
+    return f"{own.rstrip()}\n\n{elsewhere.tables(others)}\n"
 
 
 def losses_section(folder: Path) -> str:

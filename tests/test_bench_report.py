@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vggfast import cli
-from vggfast.bench import loss_report, plots, report, results, session, tables
+from vggfast.bench import elsewhere, loss_report, plots, report, results, session, tables
 from vggfast.bench.cases import Case
 from vggfast.bench.measure import compare, with_fewer_threads
 
@@ -194,6 +194,23 @@ def test_time_and_memory_of_losses(data):
     assert "| features and Gram matrices, float32, batch 8: time | **8 ms** | 24 ms | 32 ms | 32 ms |  |" in text
     assert "![Losses](losses.png)" in text
     assert loss_report.markdown({**data, "groups": []}, {}) == loss_report.NOTHING
+
+
+def test_other_machines_are_columns_of_one_table(data):
+    """A comparison that one of them has is a line; GPUs, whose comparisons are others, have a table of their own."""
+    other = copy.deepcopy(data)
+    other["device"]["cpu"] = "Another CPU"
+    other["groups"] = [g for g in other["groups"] if not g["id"].endswith("batch 8")]
+    gpu = {**copy.deepcopy(data), "device": {"gpu": "Some GPU"}}
+    gpu["groups"] = [{**results.group(data, "vgg16 inference bf16 batch 1"), "id": "vgg16 inference bf16 batch 32"}]
+    lines = elsewhere.tables([(data, "here"), (gpu, "far"), (other, "there")]).splitlines()
+    assert lines[2] == "| VGG16 | [Some CPU, 2 cores, 2 threads](here) | [Another CPU, 2 cores, 2 threads](there) |"
+    assert "| inference, float32, batch 8 | 2.50× openvino |  |" in lines
+    assert "| the 13 convolutions, float32, batch 1 | 3.00× torch channels_last | 3.00× torch channels_last |" in lines
+    assert "| measured | now: vggfast 0.1.0, torch 2.11 | now: vggfast 0.1.0, torch 2.11 |" in lines
+    of_gpu = lines[lines.index("| VGG16 | [Some GPU](far) |") :]
+    assert [line for line in of_gpu if "×" in line] == ["| inference, bfloat16, batch 32 | 3.00× torch channels_last |"]
+    assert elsewhere.tables([]) == ""
 
 
 def test_a_row_without_data_is_left_out(data):

@@ -290,12 +290,6 @@ def markdown(data: Json, pictures: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def elsewhere(data: Json, path: str) -> str:
-    """A device that is not README's own, in one paragraph: all its comparisons. Its data and pictures are at ``path``."""
-    found = [f"{c.row.what} {c.ratio.median:.2f}× {c.rival}" for row in rows(data) if (c := compare(data, row))]
-    return f"{measured_on(data, ('vggfast', 'torch'))[:-1]}: {'; '.join(found)} ([data and pictures]({path}))."
-
-
 def _line(c: Comparison) -> str:
     span = f" ({c.ratio.p10:.2f} to {c.ratio.p90:.2f})" if c.row.field == "seconds" else ""
     errors = f"{c.their_error:.0e}, {c.our_error:.0e}" if c.row.field == "seconds" else ""
@@ -315,17 +309,27 @@ def _preamble(data: Json) -> Iterator[str]:
 
 
 def measured_on(data: Json, packages: tuple[str, ...]) -> str:
-    """The device, the days and the versions of all runs: parts may have been recorded one by one."""
-    device, runs = data["device"], data["runs"]
-    threads = _range([float(run["settings"]["threads"]) for run in runs.values()])
-    place = device.get("gpu") or f"{device['cpu']}, {device['cores']} cores, {threads} threads"
+    """A sentence that says where, when and with what all was measured."""
+    return f"Measured on **{place(data)}**, {measured_with(data, packages)}."
+
+
+def place(data: Json) -> str:
+    """The device by name, a CPU with the threads that ran."""
+    device = data["device"]
+    threads = _range([float(run["settings"]["threads"]) for run in data["runs"].values()])
+    return str(device.get("gpu") or f"{device['cpu']}, {device['cores']} cores, {threads} threads")
+
+
+def measured_with(data: Json, packages: tuple[str, ...]) -> str:
+    """The days and the versions of all runs: parts may have been recorded one by one."""
+    runs = data["runs"]
     days = sorted({key.partition("T")[0] for key in runs})
     versions = []
     for name in packages:
         seen = sorted({run["versions"][name] for run in runs.values() if name in run["versions"]})
         versions += [f"{name} {' and '.join(seen)}"] if seen else []
     day = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return f"Measured on **{place}**, {day}: {', '.join(versions)}."
+    return f"{day}: {', '.join(versions)}"
 
 
 def _ceilings(data: Json) -> str:
