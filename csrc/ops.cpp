@@ -7,6 +7,7 @@
 #ifdef VGGFAST_CUDA
 #  include "cuda/settings.h"
 #endif
+#include "huge_pages.h"
 #include "torch_glue.h"
 
 // Forward ops return (y, argmax): argmax is [N, H/2, W/2, ceil(C/4)], 2 bits a channel, if asked for and pooled, else empty.
@@ -54,6 +55,10 @@ PYBIND11_MODULE(_C, m) {
         "The plan of 'forward', 'grad_input' or 'grad_weight' for a CPU, in words.");
   m.def("fma_peak", &cpu::fma_peak, pybind11::arg("seconds") = 0.4, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "The best fp32 GFLOP/s of multiply-adds in registers, by the instruction set in use, on all of torch's threads.");
+  m.def(
+      "wish_huge_pages",
+      [](uintptr_t address, int64_t bytes) { vggfast::wish_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      pybind11::arg("address"), pybind11::arg("bytes"), "Ask Linux for the huge pages that lie wholly within these bytes.");
 #ifdef VGGFAST_CUDA
   m.def("cuda_plan", &vggfast::cuda::describe_plan, pybind11::arg("which"), pybind11::arg("n"), pybind11::arg("c_in"),
         pybind11::arg("c_out"), pybind11::arg("h"), pybind11::arg("w"), pybind11::arg("pool"), pybind11::arg("dtype"),

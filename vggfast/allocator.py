@@ -2,15 +2,15 @@
 
 import ctypes
 import os
-import sys
 from pathlib import Path
 
 from torch import Tensor
 
+from vggfast import _C
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3), malloc.h
 NEVER = -1
-MADV_HUGEPAGE = 14  # of madvise(2), mman.h
-HUGE_PAGE = 2 << 20
+SMALLEST_HEAP = 1 << 30  # bytes
 
 
 def keep_freed_memory() -> bool:
@@ -37,10 +37,10 @@ def _grow_heap(libc: ctypes.CDLL) -> None:
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    while size >= HUGE_PAGE:
+    while size >= SMALLEST_HEAP:
         block = libc.malloc(size)
         if block:
-            _wish(block, size)
+            _C.wish_huge_pages(block, size)
             libc.free(block)
             return
         size //= 2
@@ -50,14 +50,7 @@ def wish_huge_pages(tensor: Tensor) -> None:
     """Ask Linux for huge pages where this tensor's memory, which nothing has been written to, is on a CPU."""
     storage = tensor.untyped_storage()
     if storage.device.type == "cpu":
-        _wish(storage.data_ptr(), storage.nbytes())
-
-
-def _wish(address: int, size: int) -> None:
-    """For the huge pages that lie wholly within these bytes. A wish: where the system grants none, nothing changes."""
-    begin, end = -(-address // HUGE_PAGE) * HUGE_PAGE, (address + size) // HUGE_PAGE * HUGE_PAGE
-    if begin < end and sys.platform == "linux":
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_HUGEPAGE)
+        _C.wish_huge_pages(storage.data_ptr(), storage.nbytes())
 
 
 def _read(path: str) -> str:
