@@ -111,3 +111,39 @@ def test_calls_from_several_threads_at_once_do_not_meet() -> None:
     for caller in callers:
         caller.join()
     assert not wrong
+
+
+SWITCHED = """
+import sys, threading, torch
+from vggfast import _C
+
+sys.setswitchinterval(1e-6)
+generator = torch.Generator().manual_seed(0)
+made = [torch.randn(s, generator=generator) for s in ((1, 16, 9, 9), (16, 16, 3, 3), (1, 16, 9, 9))]
+x, weight, grad = (t.bfloat16().to(memory_format=torch.channels_last) for t in made)
+calls = (
+    lambda: torch.ops.vggfast.conv3x3(x, weight, None, False, False, False)[0],
+    lambda: torch.ops.vggfast.conv3x3_grad_input(grad, weight, None, None, 9, 9),
+    lambda: torch.ops.vggfast.conv3x3_grad_weight(x, grad, None, None)[0],
+)
+
+def switch():
+    while not done.is_set():
+        for isa in _C.cpu_isas():
+            _C.set_cpu_isa(isa)
+
+expected, done = [call() for call in calls], threading.Event()
+switcher = threading.Thread(target=switch)
+switcher.start()
+results = [[call() for turn in range(5000)] for call in calls]  # nothing else, which would give the other thread its turns
+done.set()
+switcher.join()
+print(max(float((y - good).float().norm() / good.float().norm()) for ys, good in zip(results, expected) for y in ys))
+"""
+
+
+def test_a_switch_of_another_thread_does_not_reach_a_call_that_has_begun() -> None:
+    """A plan for tile registers has no kernels in the other instruction sets: a call that took both would not survive it."""
+    done = subprocess.run([sys.executable, "-c", SWITCHED], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr or f"ended by signal {-done.returncode}"
+    assert float(done.stdout) < 0.01

@@ -138,8 +138,9 @@ struct AmxNext {
 
 // While it multiplies by the filters of `block`: where a layer has many, the next block's; else what the next job takes of the
 // image.
-static AmxNext amx_next(const Image& x, const Filters& w, const BFloat16* packed, const AmxJob& job, int64_t block) {
-  const int64_t size = AmxShape(x.c, x.w).filters(), bytes = size * sizeof(BFloat16), blocks = job.end - job.begin;
+static AmxNext amx_next(const Image& x, const Filters& w, const BFloat16* packed, const AmxShape& shape, const AmxJob& job,
+                        int64_t block) {
+  const int64_t size = shape.filters(), bytes = size * sizeof(BFloat16), blocks = job.end - job.begin;
   const int64_t next = block + 1 < job.end ? block + 1 : job.begin;
   if (!packed) {
     const int64_t k0 = next * kAmxBlock, lanes = w.out - k0 < kAmxBlock ? w.out - k0 : kAmxBlock;
@@ -217,25 +218,24 @@ static void amx_rows(const Image& x, const Filters& w, const BFloat16* packed, c
   float *sums = scratch, *last_sums = sums + kAmxResults;
   int64_t* offsets = (int64_t*)(scratch + 2 * kAmxResults);
   BFloat16 *own = (BFloat16*)(offsets + round_up(shape.steps, 8)), *bands = packed ? own : own + size;
+  const auto band_of = [&](int64_t n) { return bands + (n - job.n_begin) * shape.band(height, x.w); };
   for (int64_t step = 0; step < shape.steps; ++step) offsets[step] = shape.offset(step, row_size);
-  for (int64_t n = job.n_begin; n < job.n_end; ++n) {
-    BFloat16* band = bands + (n - job.n_begin) * shape.band(height, x.w);
+  for (int64_t n = job.n_begin; n < job.n_end; ++n)
     for (int64_t row = 0; row < round_up(height, 2) + 2; ++row)
-      amx_load_row(x, n, job.h_begin + row - 1, shape, band + row * row_size);
-  }
+      amx_load_row(x, n, job.h_begin + row - 1, shape, band_of(n) + row * row_size);
   Tiles::configure(int(shape.pixels), int(shape.depth));
   const int64_t tiles = (job.n_end - job.n_begin) * ceil_div(height, 2) * shape.columns;
   AmxMeanwhile meanwhile;
   for (int64_t block = job.begin; block < job.end; ++block) {
     if (!packed) amx_filters(w, block, own);
     const BFloat16* filters = packed ? packed + block * size : own;
-    meanwhile.ask_for(amx_next(x, w, packed, job, block), tiles * shape.steps);
+    meanwhile.ask_for(amx_next(x, w, packed, shape, job, block), tiles * shape.steps);
     const auto multiply = out.c - block * kAmxBlock > 16 ? amx_multiply<2> : amx_multiply<1>;
     for (int64_t n = job.n_begin; n < job.n_end; ++n)
       for (int64_t h = job.h_begin; h < job.h_end; h += 2)
         for (int64_t column = 0; column < x.w; column += shape.pixels) {
-          const BFloat16* band = bands + (n - job.n_begin) * shape.band(height, x.w);
-          multiply(band + (h - job.h_begin) * row_size + column * shape.pitch, row_size, shape, offsets, filters, sums, meanwhile);
+          const BFloat16* pixels = band_of(n) + (h - job.h_begin) * row_size + column * shape.pitch;
+          multiply(pixels, row_size, shape, offsets, filters, sums, meanwhile);
           meanwhile.finish();
           meanwhile.begin({out, sums, n, h, column, shape.pixels, block * kAmxBlock});
           std::swap(sums, last_sums);

@@ -88,13 +88,12 @@ bool passes_caches(const Output& out, const Plan& plan, const Machine& m) {
          pixels * out.c * bytes_of(out.dtype) >= std::min<int64_t>(m.threads * (512 << 10), 4 << 20);
 }
 
-// Chosen once a call: another thread may switch the algorithm meanwhile.
-Plan forward_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w) {
-  return choose_plan(dtype, n, in, out, h, w, this_machine(kernels()), algo());
+// Kernels and plan are chosen once a call: another thread may switch instruction set and algorithm meanwhile.
+Plan forward_plan(const Kernels& k, DType dtype, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w) {
+  return choose_plan(dtype, n, in, out, h, w, this_machine(k), algo());
 }
 
-void run_forward(const Plan& plan, const Image& x, const Filters& w, Output out) {
-  const Kernels& k = kernels();
+void run_forward(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, Output out) {
   out.stream = passes_caches(out, plan, this_machine(k));
   const Workspace workspace(forward_workspace(k, plan, x, w, out));
   forward(k, plan, x, w, out, workspace.data(), parallel_jobs);
@@ -107,7 +106,8 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& weight, co
   Tensor y = pool ? empty_nhwc(x_any, n, c, h / 2, w / 2) : empty_nhwc(x_any, n, c, h, w);
   Tensor argmax = empty_argmax(x_any, pool && save_argmax, n, c, h, w);
   if (n == 0) return {y, argmax};
-  const Plan plan = forward_plan(dtype_of(x_any), n, x_any.size(1), c, h, w);
+  const Kernels& k = kernels();
+  const Plan plan = forward_plan(k, dtype_of(x_any), n, x_any.size(1), c, h, w);
   // Direct kernels read the few channels of a first layer from any layout; everything else wants channels adjacent.
   const bool any_layout = plan.algorithm != Algorithm::winograd && x_any.size(1) <= 4;
   const Tensor x = any_layout ? x_any : with_adjacent_channels(x_any);
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& weight, co
   out.relu = relu, out.pool = pool;
   out.bias = values.empty() ? nullptr : values.data();
   out.argmax = pool && save_argmax ? static_cast<uint8_t*>(argmax.mutable_data_ptr()) : nullptr;
-  run_forward(plan, plain_image(x), filters_of(weight), out);
+  run_forward(k, plan, plain_image(x), filters_of(weight), out);
   return {y, argmax};
 }
 
@@ -129,7 +129,8 @@ Tensor conv3x3_grad_input(const Tensor& grad_any, const Tensor& weight, const Ma
   const MaybeTensor y = y_any ? MaybeTensor(with_adjacent_channels(*y_any)) : std::nullopt;
   const Image image = gradient_image(grad, y, argmax, h, w);
   const Filters filters = mirrored(filters_of(weight));
-  run_forward(forward_plan(image.dtype, image.n, image.c, filters.out, h, w), image, filters, output_of(gx, h, w));
+  const Kernels& k = kernels();
+  run_forward(k, forward_plan(k, image.dtype, image.n, image.c, filters.out, h, w), image, filters, output_of(gx, h, w));
   return gx;
 }
 
@@ -205,9 +206,10 @@ std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_
                      : dtype == "float16"
                          ? DType::f16
                          : throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
-  if (pass == "forward") return to_string(forward_plan(type, n, in, out, h, w));
-  if (pass == "grad_input") return to_string(forward_plan(type, n, out, in, h, w));
-  if (pass == "grad_weight") return to_string(choose_grad_weight_plan(type, n, in, out, h, w, this_machine(kernels()), algo()));
+  const Kernels& k = kernels();
+  if (pass == "forward") return to_string(forward_plan(k, type, n, in, out, h, w));
+  if (pass == "grad_input") return to_string(forward_plan(k, type, n, out, in, h, w));
+  if (pass == "grad_weight") return to_string(choose_grad_weight_plan(type, n, in, out, h, w, this_machine(k), algo()));
   throw std::invalid_argument("pass: expected forward, grad_input or grad_weight, got '" + pass + "'");
 }
 

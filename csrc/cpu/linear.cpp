@@ -100,13 +100,14 @@ Tensor linear(const Tensor& x, const Tensor& weight_any, const MaybeTensor& bias
 Tensor linear_grad_input(const Tensor& grad, const Tensor& weight_any, const MaybeTensor& y) {
   check_linear_grad_input(grad, weight_any, y);
   const Tensor weight = with_adjacent_columns(weight_any);
+  const Kernels& k = kernels();
   const Linear l = linear_of(weight, grad.size(0));
   Tensor dx = empty_of(grad, {l.rows, l.in}, grad.scalar_type());
   const std::vector<float> columns = columns_of(grad, y);
   parallel_jobs(ceil_div(l.in, kLinearColumns), [&](int64_t job) {
     const int64_t begin = job * kLinearColumns, end = std::min(begin + kLinearColumns, l.in);
     float* sums = scratch(l.rows * kLinearColumns);
-    kernels().linear_grad_input(l, columns.data(), begin, end, sums);
+    k.linear_grad_input(l, columns.data(), begin, end, sums);
     for (int64_t r = 0; r < l.rows; ++r) store_floats(sums + r * kLinearColumns, end - begin, dx, r * l.in + begin);
   });
   return dx;
