@@ -162,11 +162,44 @@ def test_filters_made_in_every_pass(isa: str, images: int) -> None:
 def test_the_plan_names_the_edges_that_f2_computes(schedule: str, h: int, w: int, edges: str) -> None:
     c_in, c_out = use_schedule(schedule, 1, h, w)
     named = f"winograd F(4x4,3x3), F(2) in the last {edges}, " if edges else "winograd F(4x4,3x3), "
-    for step in ("forward", "grad_input"):
+    for step in ("forward", "grad_input", "grad_weight"):
         plan = _C.cpu_plan(step, 1, c_in, c_out, h, w)
         assert plan.startswith(named)
         assert ("F(2)" in plan) == bool(edges)
-    assert "F(2)" not in _C.cpu_plan("grad_weight", 1, c_in, c_out, h, w)
+
+
+@pytest.mark.parametrize(
+    ("shape", "schedule"),
+    [
+        ((9, 256, 256, 64, 6), "outputs split"),
+        ((7, 17, 40, 92, 6), "outputs split"),
+        ((5, 133, 40, 6, 48), "outputs fused"),
+    ],
+)
+def test_filter_gradients_where_tiles_lack_points(
+    isa: str, shape: tuple[int, int, int, int, int], schedule: str
+) -> None:
+    """Tiles are ordered by size, so that a first chunk or a whole part may be the last column's alone. Equal bits for any threads."""
+    n, c_in, c_out, h, w = shape
+    _C.set_conv_algo("winograd")
+    x, weight, _ = problem(n, c_in, c_out, h, w)
+    grad = normal(n, c_out, h, w).to(memory_format=torch.channels_last)
+    large = torch.full_like(x, 1e6)
+    gradients, plans = [], []
+    for threads in (1, 64):
+        torch.set_num_threads(threads)
+        plans.append(_C.cpu_plan("grad_weight", n, c_in, c_out, h, w))
+        torch.ops.vggfast.conv3x3_grad_weight(large, grad, None, None)  # whose sums are in the memory that threads keep
+        gradients.append(torch.ops.vggfast.conv3x3_grad_weight(x, grad, None, None))
+    assert schedule in plans[0]
+    assert "F(2)" in plans[0]
+    assert "points split" in plans[1]
+    for one, many in zip(*gradients, strict=True):
+        assert_same_bits(one, many)
+    exact = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)
+    exact_bias = grad.double().sum((0, 2, 3))
+    assert float((gradients[0][0].double() - exact).norm() / exact.norm()) < 5e-6
+    assert float((gradients[0][1].double() - exact_bias).norm() / exact_bias.norm()) < 1e-6
 
 
 @pytest.mark.parametrize(("n", "h", "w"), [(1, 92, 93), (3, 52, 55), (7, 36, 40)])

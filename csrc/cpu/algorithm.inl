@@ -8,6 +8,7 @@ static constexpr int kBlock = kVecs * Vec::width;
 #include "cpu/filters.inl"
 #include "cpu/winograd_1d.inl"
 #include "cpu/winograd.inl"
+#include "cpu/winograd_grad.inl"
 #include "cpu/direct.inl"
 #include "cpu/pool.inl"
 #include "cpu/linear.inl"

@@ -95,3 +95,22 @@ static inline void scatter_taps(const Filters& w, int64_t k0, int64_t lanes, int
         if (k + i < lanes) store_lanes(rows[i], p + (k + i) * w.stride_out + first, count);
     }
 }
+
+// The same for Vec::width input channels from c on and as many output channels from k on, of taps as gather_channels has them: each
+// row of memory is written once and in whole vectors. stream: past the caches, where a row's vectors are lines.
+template <class T, bool stream>
+static inline void scatter_channels(const Filters& w, int64_t k, int64_t c, const float* taps) {
+  T* p = (T*)const_cast<void*>(w.data) + k * w.stride_out + c * w.stride_in;
+  for (int part = 0; part < 9; ++part, p += Vec::width, taps += Vec::width * Vec::width) {
+    Vec rows[Vec::width];
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec::width; ++i) rows[i] = Vec::load(taps + i * Vec::width);
+    transpose(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec::width; ++i)
+      if constexpr (stream && std::is_same_v<T, float>)
+        rows[i].stream(p + i * w.stride_out);
+      else
+        rows[i].store(p + i * w.stride_out);
+  }
+}

@@ -3,6 +3,13 @@
 //   Winograd grad_weight:  rows are input channels, depth is tiles
 //   direct:                rows are pixels,         depth is (tap column, input channel), one segment per tap row
 
+// What the layer needs after some products, spread evenly over them: `block` bytes for each row block, `step` for each of its
+// steps.
+struct Later {
+  const char* data;
+  int64_t block, step;
+};
+
 // sum over segments s and depth d of a[row * a.row + s * a.segment + d * a.depth] * b[s * b.segment + d * b.depth + channel]
 struct Product {
   struct {
@@ -21,12 +28,7 @@ struct Product {
   struct {
     int64_t distance, step, turn;
   } ahead = {};
-  // What the layer needs after these products, spread evenly over them: `block` bytes for each row block, `step` for each of its
-  // steps.
-  struct {
-    const char* data;
-    int64_t block, step;
-  } later = {(const char*)a.data, 0, 0};
+  Later later = {(const char*)a.data, 0, 0};
 };
 static constexpr int kAhead = 24; // steps of depth: about 700 cycles, the latency of DRAM
 
@@ -157,6 +159,13 @@ static inline void dispatch_rows(int count, const Product& p, int64_t first_row,
 
 static inline int64_t row_blocks(int64_t rows) {
   return ceil_div(rows, kRows);
+}
+
+// `near` is asked for in place of nothing.
+static inline Later spread(const Soon& soon, int64_t rows, int64_t depth, const float* near) {
+  if (soon.bytes == 0) return {(const char*)near, 0, 0};
+  const int64_t block = soon.bytes / row_blocks(rows);
+  return {soon.data, block, block / depth};
 }
 
 // finish(row, acc) for every row of [0, rows), accumulators still in registers. Rows are shared out evenly over blocks, so that

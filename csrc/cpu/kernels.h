@@ -30,7 +30,7 @@ struct Points {
 static inline int64_t odd_lines(int64_t floats) {
   return (ceil_div(floats, 16) | 1) * 16;
 }
-static inline int64_t filters_position(int64_t in, int64_t block) { // between the 36 positions of U[36][in][block]
+static inline int64_t filters_position(int64_t in, int64_t block) { // between the 36 positions of U or S[36][in][block]
   return odd_lines(in * block);
 }
 
@@ -59,7 +59,7 @@ struct Kernels {
   int block; // output channels a micro-kernel computes; packed filters come in such blocks
   int rows;  // rows a micro-kernel computes at most
 
-  // stream: past the caches; then v and u are aligned to 64 bytes
+  // stream: past the caches; then v and u, and rows of dw, are aligned to 64 bytes
   void (*winograd_input)(const Image&, const TileRange&, const Points& v, bool stream);
   void (*winograd_grad_output)(const Image&, const TileRange&, int64_t c_begin, int64_t c_end, const Points& z, float* bias_sum);
   void (*winograd_filters)(const Filters&, int64_t block, float* u, bool stream);
@@ -67,8 +67,8 @@ struct Kernels {
                             const Soon&);
   bool (*winograd_output)(const Points& m, const TileRange&, int64_t block, const Output&);
   void (*winograd_accumulate)(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
-                              float* s);
-  bool (*winograd_grad_filters)(const float* s, int64_t block, const Filters& dw);
+                              float* s, const Soon&);
+  bool (*winograd_grad_filters)(const float* s, int64_t block, const Filters& dw, bool stream);
 
   void (*direct_filters)(const Filters&, int64_t block, float* packed);
   void (*direct_rows)(const Image&, const float* packed, const Output&, int64_t n, int64_t h_begin, int64_t h_end, float* scratch);

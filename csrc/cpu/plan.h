@@ -24,7 +24,9 @@ enum class Schedule {
   chunks_split,   // V of `tiles` tiles is shared; a thread takes a block of output channels of one of `splits` parts of them
   points_split,   // V of `tiles` tiles is shared, and in grad_weight Z; threads take points and blocks of output channels (forward:
                   // one of `splits` ranges of them)
-  outputs_split   // grad_weight: a thread takes one of `groups` parts of the tiles and one of `splits` ranges of output channels
+  outputs_split,  // grad_weight: a thread takes one of `groups` parts of the tiles and one of `splits` ranges of output channels
+  outputs_fused   // grad_weight: a thread takes all tiles and one of `splits` ranges of output channels through all steps; S of
+                  // `depth` input channels stays in its L2
 };
 
 constexpr int64_t bias_group = 16; // tiles whose gradients are summed in fp32 before the sums are added in double
@@ -37,8 +39,8 @@ struct Plan {
   // Direct and AMX: output rows a thread takes at once.
   int64_t band;
   const char* reason;
-  int64_t splits = 1;  // outputs-split, forward's points-split, AMX: ranges of output channels; chunks-split: parts of the tiles
-  Edges edges = {};    // forward and grad_input
+  int64_t splits = 1; // outputs-split, forward's points-split, AMX: ranges of output channels; chunks-split: parts of the tiles
+  Edges edges = {};
   bool pieces = false; // products of floats in three pieces, on AMX's tile registers
   // Forward on AMX: images whose bands a thread takes at once, and whether it packs the filters of its output channels itself.
   int64_t images = 1;
@@ -58,8 +60,12 @@ inline std::string to_string(const Plan& p) {
     return "direct on AMX tiles, bands of " + std::to_string(p.band) + " rows" +
            (p.images > 1 ? " of " + std::to_string(p.images) + " images" : "") +
            (p.splits > 1 ? ", output channels in " + std::to_string(p.splits) + " ranges: " : ": ") + p.reason;
-  const char* schedules[] = {"tile-fused", "V shared, output channels split", "V shared, output channels and tiles split",
-                             "V shared, points split", "outputs split"};
+  const char* schedules[] = {"tile-fused",
+                             "V shared, output channels split",
+                             "V shared, output channels and tiles split",
+                             "V shared, points split",
+                             "outputs split",
+                             "outputs fused"};
   return "winograd F(4x4,3x3)" + to_string(p.edges) + (p.pieces ? ", products on AMX tiles, " : ", ") + schedules[int(p.schedule)] +
          ", tiles " + std::to_string(p.tiles) +
          (p.schedule == Schedule::chunks_split ? " in " + std::to_string(p.splits) + " parts: " : ": ") + p.reason;
@@ -249,15 +255,23 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
   int64_t splits = 1;
   while (splits < blocks && parts * splits % m.threads != 0 && parts * splits < 4 * m.threads) ++splits;
   const bool enough = parts * splits >= m.threads;
+  // Where S is much beside V and Z it is made in pieces, each of all tiles, that need not go to memory. The fewer tiles a row block
+  // has, the more often Z is read again.
+  const int64_t most = s_bytes >= 16 << 20 ? 512 : m.rows < 8 ? 128 : 256;
+  const bool whole = parts == 1 && tiles <= most && !pieces;
   return {Algorithm::winograd,
-          enough ? Schedule::outputs_split : Schedule::points_split,
-          equal_chunk(of_part, fitting, multiple),
-          in,
+          !enough ? Schedule::points_split
+          : whole ? Schedule::outputs_fused
+                  : Schedule::outputs_split,
+          whole ? tiles : equal_chunk(of_part, fitting, multiple),
+          whole && enough ? std::min<int64_t>(in, 64) : in,
           parts,
           0,
-          enough ? "V and Z stay with the thread that made them" : "few output channels and tiles for so many threads",
+          whole && enough ? "a thread makes V, Z and S for itself"
+          : enough        ? "V and Z stay with the thread that made them"
+                          : "few output channels and tiles for so many threads",
           splits,
-          {},
+          edges_of(h, w),
           pieces};
 }
 

@@ -54,12 +54,6 @@ struct Sizes {
         m(36 * m_position) {}
 };
 
-// Channels [begin, end) of the input.
-Filters input_channels(const Filters& w, int64_t begin, int64_t end) {
-  const int64_t bytes = begin * w.stride_in * bytes_of(w.dtype);
-  return {w.dtype, w.out, end - begin, static_cast<const char*>(w.data) + bytes, w.stride_out, w.stride_in, w.stride_r, w.stride_s};
-}
-
 // M = V U of one point, or += with `add`, for those of the tiles that have it.
 void multiply(const Kernels& k, const TileRange& tiles, int point, const Points& v, int64_t in, const float* u, const Points& m,
               bool add = false, const Soon& soon = {}) {

@@ -3,6 +3,7 @@
 #pragma once
 #include <functional>
 
+#include "cpu/dtypes.h"
 #include "cpu/plan.h"
 
 namespace vggfast::cpu {
@@ -31,5 +32,11 @@ void max_pool(const Kernels&, const Image& x, const Output&, const Parallel&);
 void max_pool_grad(const Kernels&, const Image& dz, const Output&, const Parallel&);
 
 Machine machine(const Kernels&, int threads);
+
+// Filters for the channels [begin, end) of the input.
+inline Filters input_channels(const Filters& w, int64_t begin, int64_t end) {
+  const int64_t bytes = begin * w.stride_in * bytes_of(w.dtype);
+  return {w.dtype, w.out, end - begin, static_cast<const char*>(w.data) + bytes, w.stride_out, w.stride_in, w.stride_r, w.stride_s};
+}
 
 } // namespace vggfast::cpu

@@ -1,4 +1,5 @@
 // The schedules of grad_weight, the gradient of the filters.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
@@ -62,18 +63,21 @@ void grad_weight_direct(const Kernels& k, const Image& x, const Image& dz, const
 
 // ---- Winograd ----
 
-// What grad_weight works on: S, the sum of V^T Z over a part of the tiles, for each part; the sums of dZ over groups of tiles.
+// What grad_weight works on: S, the sum of V^T Z over a part of the tiles, for each part, unless it is made in pieces by the
+// threads that use it; the sums of dZ over groups of tiles.
 struct GradWeight {
   const Kernels& k;
   const Plan& plan;
   const Image &x, &dz;
   TileGrid grid;
-  int64_t padded, blocks, v_row, s_size;
+  int64_t padded, blocks, v_row, s_block, s_size;
   float *s, *bias_sums;
 
   GradWeight(const Kernels& k, const Plan& plan, const Image& x, const Image& dz, float* workspace)
-      : k(k), plan(plan), x(x), dz(dz), grid(tile_grid(x.n, x.h, x.w)), padded(round_up(dz.c, k.block)), blocks(padded / k.block),
-        v_row(points_row(x.c, machine(k, 1))), s_size(36 * x.c * padded), s(workspace), bias_sums(s + plan.groups * s_size) {}
+      : k(k), plan(plan), x(x), dz(dz), grid(tile_grid(x.n, x.h, x.w, plan.edges)), padded(round_up(dz.c, k.block)),
+        blocks(padded / k.block), v_row(points_row(x.c, machine(k, 1))), s_block(36 * filters_position(x.c, k.block)),
+        s_size(plan.schedule == Schedule::outputs_fused ? 0 : blocks * s_block), s(workspace), bias_sums(s + plan.groups * s_size) {
+  }
   int64_t workspace() const { return plan.groups * s_size + ceil_div(grid.count(), bias_group) * padded; }
 
   // Parts of whole groups of tiles.
@@ -82,23 +86,39 @@ struct GradWeight {
   }
   int64_t z_row(int64_t channels) const { return points_row(channels, machine(k, 1)); }
 
-  // V and Z of the tiles [begin, end), in whole groups, and output channels [c_begin, c_end).
-  void transform(int64_t begin, int64_t end, int64_t c_begin, int64_t c_end, const Points& v, const Points& z) const {
-    for (int64_t from = begin; from < end; from += bias_group) {
-      const TileRange tiles{grid, from, std::min(from + bias_group, end)};
-      k.winograd_input(x, tiles, v.from(from - begin), false);
-      k.winograd_grad_output(dz, tiles, c_begin, c_end, z.from(from - begin), bias_sums + from / bias_group * padded + c_begin);
-    }
+  // V of a range of tiles.
+  void transform_input(const TileRange& tiles, const Points& v) const { k.winograd_input(x, tiles, v, false); }
+  // Z of the tiles, in whole groups, and output channels [c_begin, c_end).
+  void transform_gradients(const TileRange& tiles, int64_t c_begin, int64_t c_end, const Points& z) const {
+    for (int64_t from = tiles.begin; from < tiles.end; from += bias_group)
+      k.winograd_grad_output(dz, {grid, from, std::min(from + bias_group, tiles.end)}, c_begin, c_end, z.from(from - tiles.begin),
+                             bias_sums + from / bias_group * padded + c_begin);
+  }
+  // sum, of one point and one block of output channels, = V^T Z of those of the tiles that have it, or += if that is not the first.
+  void accumulate(int point, const TileRange& tiles, const Points& v, int64_t channels, const Points& z, bool first, float* sum,
+                  const Soon& soon) const {
+    const TileRange some = tiles.with_point(point);
+    const int64_t from = some.begin - tiles.begin;
+    if (some.count() > 0)
+      k.winograd_accumulate(v.from(from).data + point * v.position, v.row, channels, z.from(from).data + point * z.position, z.row,
+                            some.count(), first, sum, soon);
+    else if (first)
+      std::fill(sum, sum + channels * k.block, 0.f);
   }
   // S of one point and the blocks [begin, end) of output channels, whose Z is from z on. pieces: pieces_floats().
-  void accumulate(int64_t part, int64_t point, int64_t begin, int64_t end, const Points& v, const Points& z, int64_t count,
-                  bool first, float* pieces) const {
-    const float *a = v.data + point * v.position, *b = z.data + point * z.position;
-    const int64_t s_block = 36 * x.c * k.block;
-    float* sum = s + part * s_size + begin * s_block + point * x.c * k.block;
-    if (plan.pieces) return k.pieces_accumulate(a, v.row, x.c, b, z.row, count, end - begin, first, sum, s_block, pieces);
-    for (int64_t block = begin; block < end; ++block, b += k.block, sum += s_block)
-      k.winograd_accumulate(a, v.row, x.c, b, z.row, count, first, sum);
+  void accumulate_blocks(int64_t part, int point, int64_t begin, int64_t end, const Points& v, Points z, const TileRange& tiles,
+                         float* pieces) const {
+    const bool first = tiles.begin == begin_of(part);
+    const int64_t bytes = x.c * k.block * int64_t(sizeof(float));
+    float* sum = s + part * s_size + begin * s_block + point * filters_position(x.c, k.block);
+    const TileRange some = tiles.with_point(point);
+    if (plan.pieces && some.count() > 0) {
+      const Points a = v.from(some.begin - tiles.begin), b = z.from(some.begin - tiles.begin);
+      return k.pieces_accumulate(a.data + point * a.position, a.row, x.c, b.data + point * b.position, b.row, some.count(),
+                                 end - begin, first, sum, s_block, pieces);
+    }
+    for (int64_t block = begin; block < end; ++block, z.data += k.block, sum += s_block) // S is beyond L2
+      accumulate(point, tiles, v, x.c, z, first, sum, {reinterpret_cast<const char*>(sum), bytes});
   }
   int64_t pieces_floats(int64_t blocks) const { return plan.pieces ? pieces_scratch(plan.tiles, blocks) : 0; }
 };
@@ -113,12 +133,12 @@ void accumulate_outputs_split(const GradWeight& g, const Parallel& parallel) {
     const int64_t pieces = g.pieces_floats(last_block - first_block);
     float* memory = scratch(pieces + 36 * (odd_lines(plan.tiles * g.v_row) + odd_lines(plan.tiles * z_row)));
     for (int64_t begin = g.begin_of(part); begin < end; begin += plan.tiles) {
-      const int64_t count = std::min(plan.tiles, end - begin);
-      const Points v{memory + pieces, g.v_row, odd_lines(count * g.v_row)};
-      const Points z{v.data + 36 * v.position, z_row, odd_lines(count * z_row)};
-      g.transform(begin, begin + count, c_begin, c_end, v, z);
-      for (int64_t i = 0; i < 36; ++i)
-        g.accumulate(part, i, first_block, last_block, v, z, count, begin == g.begin_of(part), memory);
+      const TileRange tiles{g.grid, begin, std::min(begin + plan.tiles, end)};
+      const Points v{memory + pieces, g.v_row, odd_lines(tiles.count() * g.v_row)};
+      const Points z{v.data + 36 * v.position, z_row, odd_lines(tiles.count() * z_row)};
+      g.transform_input(tiles, v);
+      g.transform_gradients(tiles, c_begin, c_end, z);
+      for (int i = 0; i < 36; ++i) g.accumulate_blocks(part, i, first_block, last_block, v, z, tiles, memory);
     }
   });
 }
@@ -128,35 +148,95 @@ void accumulate_points_split(const GradWeight& g, float* memory, const Parallel&
   const int64_t z_row = g.z_row(g.padded);
   for (int64_t part = 0; part < g.plan.groups; ++part)
     for (int64_t begin = g.begin_of(part), end = g.begin_of(part + 1); begin < end; begin += g.plan.tiles) {
-      const int64_t count = std::min(g.plan.tiles, end - begin);
-      const Points v{memory, g.v_row, odd_lines(count * g.v_row)}, z{memory + 36 * v.position, z_row, odd_lines(count * z_row)};
-      parallel(ceil_div(count, bias_group), [&](int64_t i) {
+      const TileRange tiles{g.grid, begin, std::min(begin + g.plan.tiles, end)};
+      const Points v{memory, g.v_row, odd_lines(tiles.count() * g.v_row)};
+      const Points z{memory + 36 * v.position, z_row, odd_lines(tiles.count() * z_row)};
+      parallel(ceil_div(tiles.count(), bias_group), [&](int64_t i) {
         const int64_t from = i * bias_group;
-        g.transform(begin + from, begin + std::min(from + bias_group, count), 0, g.padded, v.from(from), z.from(from));
+        const TileRange group{g.grid, begin + from, std::min(begin + from + bias_group, tiles.end)};
+        g.transform_input(group, v.from(from));
+        g.transform_gradients(group, 0, g.padded, z.from(from));
       });
       parallel(36 * g.blocks, [&](int64_t job) {
-        const int64_t i = job / g.blocks, b = job % g.blocks;
-        g.accumulate(part, i, b, b + 1, v, {z.data + b * g.k.block, z.row, z.position}, count, begin == g.begin_of(part),
-                     scratch(g.pieces_floats(1)));
+        const int64_t b = job % g.blocks;
+        g.accumulate_blocks(part, int(job / g.blocks), b, b + 1, v, {z.data + b * g.k.block, z.row, z.position}, tiles,
+                            scratch(g.pieces_floats(1)));
       });
     }
+}
+
+// A line of a gradient that L2 does not keep would be read only to be overwritten.
+bool passes_caches(const Filters& dw) {
+  return dw.dtype == DType::f32 && dw.in % 16 == 0 && reinterpret_cast<uintptr_t>(dw.data) % 64 == 0 &&
+         dw.out * dw.in * 9 * int64_t(sizeof(float)) >= 4 << 20;
+}
+
+// The channels [begin, end) of an image whose channels are adjacent.
+Image channels_of(Image x, int64_t begin, int64_t end) {
+  x.data = static_cast<const char*>(x.data) + begin * bytes_of(x.dtype);
+  x.c = end - begin;
+  return x;
+}
+
+// A thread takes all tiles and a range of output channels through everything, with V of some input channels at a time: S of these
+// and one block of output channels stays in its L2, and dW is made of it at once. A block's Z lies together, and is asked for a
+// point ahead.
+bool grad_filters_outputs_fused(const GradWeight& g, const Filters& dw, const Parallel& parallel) {
+  const Kernels& k = g.k;
+  const Plan& plan = g.plan;
+  const TileRange tiles{g.grid, 0, g.grid.count()};
+  const int64_t v_row = points_row(plan.depth, machine(k, 1)), v_position = odd_lines(tiles.count() * v_row);
+  const int64_t z_position = odd_lines(tiles.count() * k.block);
+  const int64_t s_position = filters_position(plan.depth, k.block), z_bytes = tiles.count() * k.block * int64_t(sizeof(float));
+  std::atomic<bool> finite{true};
+  parallel(plan.splits, [&](int64_t split) {
+    const int64_t begin = g.blocks * split / plan.splits, end = g.blocks * (split + 1) / plan.splits;
+    float* s = scratch(36 * (s_position + v_position + (end - begin) * z_position));
+    const Points v{s + 36 * s_position, v_row, v_position};
+    const auto z_of = [&](int64_t block) {
+      return Points{v.data + 36 * (v_position + (block - begin) * z_position), k.block, z_position};
+    };
+    for (int64_t b = begin; b < end; ++b) g.transform_gradients(tiles, b * k.block, (b + 1) * k.block, z_of(b));
+    for (int64_t c = 0; c < dw.in; c += plan.depth) {
+      const Filters some = input_channels(dw, c, std::min(c + plan.depth, dw.in));
+      k.winograd_input(channels_of(g.x, c, c + some.in), tiles, v, false);
+      for (int64_t b = begin; b < end; ++b) {
+        const Points z = z_of(b);
+        for (int i = 0; i < 36; ++i)
+          g.accumulate(i, tiles, v, some.in, z, true, s + i * filters_position(some.in, k.block),
+                       {reinterpret_cast<const char*>(z.data + (i + 1) * z.position), z_bytes});
+        if (!k.winograd_grad_filters(s, b, some, passes_caches(dw))) finite.store(false, std::memory_order_relaxed);
+      }
+    }
+  });
+  return finite;
+}
+
+// dW of S, the sum of all parts'.
+bool grad_filters(const GradWeight& g, const Filters& dw, const Parallel& parallel) {
+  std::atomic<bool> finite{true};
+  parallel(g.blocks, [&](int64_t b) {
+    float* sum = g.s + b * g.s_block;
+    for (int64_t part = 1; part < g.plan.groups; ++part)
+      for (int64_t i = 0; i < g.s_block; ++i) sum[i] += sum[part * g.s_size + i];
+    if (!g.k.winograd_grad_filters(sum, b, dw, passes_caches(dw))) finite.store(false, std::memory_order_relaxed);
+  });
+  return finite;
 }
 
 bool grad_weight_winograd(const Kernels& k, const Plan& plan, const Image& x, const Image& dz, const Filters& dw, float* bias,
                           float* workspace, const Parallel& parallel) {
   const GradWeight g(k, plan, x, dz, workspace);
-  if (plan.schedule == Schedule::points_split)
-    accumulate_points_split(g, workspace + g.workspace(), parallel);
-  else
-    accumulate_outputs_split(g, parallel);
-  std::atomic<bool> finite{true};
-  parallel(g.blocks, [&](int64_t b) {
-    const int64_t size = 36 * x.c * k.block;
-    float* sum = g.s + b * size;
-    for (int64_t part = 1; part < plan.groups; ++part)
-      for (int64_t i = 0; i < size; ++i) sum[i] += sum[part * g.s_size + i];
-    if (!k.winograd_grad_filters(sum, b, dw)) finite.store(false, std::memory_order_relaxed);
-  });
+  bool finite = true;
+  if (plan.schedule == Schedule::outputs_fused) {
+    finite = grad_filters_outputs_fused(g, dw, parallel);
+  } else {
+    if (plan.schedule == Schedule::points_split)
+      accumulate_points_split(g, workspace + g.workspace(), parallel);
+    else
+      accumulate_outputs_split(g, parallel);
+    finite = grad_filters(g, dw, parallel);
+  }
   for (int64_t c = 0; c < dz.c; ++c) {
     double sum = 0;
     for (int64_t i = 0; i < ceil_div(g.grid.count(), bias_group); ++i) sum += g.bias_sums[i * g.padded + c];

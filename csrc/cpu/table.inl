@@ -25,8 +25,8 @@ static constexpr Kernels table = {
       return VGGFAST_TYPED(out.dtype, winograd_output<T>(m, tiles, block, out));
     },
     winograd_accumulate,
-    [](const float* s, int64_t block, const Filters& dw) {
-      return VGGFAST_TYPED(dw.dtype, winograd_grad_filters<T>(s, block, dw));
+    [](const float* s, int64_t block, const Filters& dw, bool stream) {
+      return VGGFAST_TYPED(dw.dtype, winograd_grad_filters<T>(s, block, dw, stream));
     },
     [](const Filters& w, int64_t block, float* packed) { VGGFAST_TYPED(w.dtype, direct_filters<T>(w, block, packed)); },
     [](const Image& x, const float* packed, const Output& out, int64_t n, int64_t begin, int64_t end, float* scratch) {

@@ -149,49 +149,6 @@ static void winograd_input(const Image& x, const TileRange& tiles, const Points&
   fence_streams();
 }
 
-// A dY A^T of a 4x4 patch of output gradients; returns the sum of its 16 pixels.
-static inline Vec grad_output_tile(Patch<4>& patch, float* z, int64_t position) {
-  Vec half[6][4], sum = Vec::zero();
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    Vec column[4], points[6];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) column[i] = Vec::load(patch.at(i, j));
-    sum = sum + ((column[0] + column[1]) + (column[2] + column[3]));
-    grad_output_1d(column, points);
-#pragma GCC unroll 6
-    for (int i = 0; i < 6; ++i) half[i][j] = points[i];
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < 6; ++i) {
-    Vec points[6];
-    grad_output_1d(half[i], points);
-#pragma GCC unroll 6
-    for (int j = 0; j < 6; ++j) points[j].store(z + (6 * i + j) * position);
-  }
-  return sum;
-}
-
-// Z[36][tile][z_row] of the tiles' output gradients in channels [begin, end), whole blocks of them, zero past the last channel;
-// bias_sum[c] = their sums.
-template <class T>
-static void winograd_grad_output(const Image& dz, const TileRange& tiles, int64_t begin, int64_t end, const Points& z,
-                                 float* bias_sum) {
-  memset(bias_sum, 0, (end - begin) * sizeof(float));
-  for_each_tile(tiles, tiles.grid.whole(), [&](int64_t t, const Tile& tile) {
-    for (int64_t c = begin; c < end; c += Vec::width) {
-      float *p = z.data + t * z.row + c - begin, *sum = bias_sum + c - begin;
-      if (c >= dz.c) {
-        for (int i = 0; i < 36; ++i) Vec::zero().store(p + i * z.position);
-        continue;
-      }
-      Patch<4> patch;
-      load_any_patch<T>(dz, tile.n, 4 * tile.row, 4 * tile.col, c, lanes_from(c, dz.c), patch);
-      (Vec::load(sum) + grad_output_tile(patch, p, z.position)).store(sum);
-    }
-  });
-}
-
 // G g G^T of a vector of filters; tap (i, j) is at taps + (3 * i + j) * tap.
 template <bool stream>
 static inline void filter_tile(const float* taps, int tap, float* u, int64_t position) {
@@ -245,14 +202,13 @@ static void winograd_filters(const Filters& w, int64_t block, float* u, bool str
 static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int point, bool add,
                               const Soon& soon) {
   float *a = v.data + point * v.position, *out = m.data + point * m.position;
-  const int64_t soon_block = soon.bytes / row_blocks(tiles);
   // Ahead is the next rows' V: a line of each, then their next lines.
   const Product product{{a, v.row, 1, 0},
                         {u + point * filters_position(in, kBlock), kBlock, 0},
                         in,
                         1,
                         {kRows * v.row, v.row, 16 - 16 * v.row},
-                        {soon.bytes ? soon.data : (const char*)a, soon_block, soon_block / in}};
+                        spread(soon, tiles, in, a)};
   const auto finish = [out, row = m.row](int64_t t, const Vec(&acc)[kVecs]) {
     for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * row + k * Vec::width);
   };
@@ -363,40 +319,5 @@ static bool winograd_output(const Points& m, const TileRange& tiles, int64_t blo
     spoiled = spoiled + output_region<T, 2, 2>(these, tiles, tiles.grid.corner(), k, out);
   }
   if (out.stream) fence_streams();
-  return all_zero(spoiled);
-}
-
-// S[in][kBlock] += V^T Z at one of the 36 points, for one block of output channels.
-static void winograd_accumulate(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
-                                float* s) {
-  const int64_t s_block = in * kBlock * int64_t(sizeof(float)) / row_blocks(in); // asked for during its products: S is beyond L2
-  const Product product{
-      {v, 1, v_row, 0}, {z, z_row, 0}, tiles, 1, {kAhead * v_row, v_row, 0}, {(const char*)s, s_block, s_block / tiles}};
-  for_each_row_block<kSteps, Adjacent::rows>(in, product, StartAtZero(), [s, first](int64_t c, const Vec(&acc)[kVecs]) {
-    for (int k = 0; k < kVecs; ++k) {
-      float* p = s + c * kBlock + k * Vec::width;
-      (first ? acc[k] : Vec::load(p) + acc[k]).store(p);
-    }
-  });
-}
-
-// dW = G^T S G for one block of output channels; S is [36][in][kBlock]. False if any result is Inf or NaN.
-template <class T>
-static bool winograd_grad_filters(const float* s, int64_t block, const Filters& dw) {
-  const int64_t k0 = block * kBlock, lanes = dw.out - k0 < kBlock ? dw.out - k0 : kBlock;
-  Vec spoiled = Vec::zero();
-  alignas(64) Taps taps;
-  for (int64_t c = 0; c < dw.in; ++c) {
-    for (int v = 0; v < kBlock; v += Vec::width) {
-      Vec points[6][6], g[3][3];
-      for (int i = 0; i < 36; ++i) points[i / 6][i % 6] = Vec::load(s + (i * dw.in + c) * kBlock + v);
-      both_dimensions(points, g, [](const Vec(&p)[6], Vec(&o)[3]) { grad_filter_1d(p, o); });
-      for (int i = 0; i < 9; ++i) {
-        g[i / 3][i % 3].store(taps[i] + v);
-        spoiled = spoiled + (g[i / 3][i % 3] - g[i / 3][i % 3]);
-      }
-    }
-    scatter_taps<T>(dw, k0, lanes, c, taps);
-  }
   return all_zero(spoiled);
 }

@@ -59,6 +59,15 @@ static inline void grad_output_1d(const Vec (&g)[4], Vec (&out)[6]) {
   out[5] = g[3];
 }
 
+// A g of F(2), one dimension: two output gradients to four points.
+static inline void grad_output_1d(const Vec (&g)[2], Vec (&out)[4]) {
+  const Vec odd = Vec::set(kB) * g[1];
+  out[0] = g[0];
+  out[1] = g[0] + odd;
+  out[2] = g[0] - odd;
+  out[3] = g[1];
+}
+
 // G g, one dimension: three taps to six points.
 static inline void filter_1d(const Vec (&g)[3], Vec (&out)[6]) {
   out[0] = g[0];

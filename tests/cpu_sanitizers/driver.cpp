@@ -213,15 +213,17 @@ private:
 
   void grad_filters(const Image& dz) {
     Expected expected, expected_bias;
-    const int64_t groups = ceil_div(tile_grid(p_.n, p_.h, p_.w).count(), 16), blocks = ceil_div(p_.out, k_.block);
+    const int64_t tiles = tile_grid(p_.n, p_.h, p_.w).count(), groups = ceil_div(tiles, 16), blocks = ceil_div(p_.out, k_.block);
     const bool pieces = machine_.amx && dtype_ == DType::f32;
     const auto winograd = [&](Schedule schedule, int64_t splits) {
-      return Plan{Algorithm::winograd,      schedule, 16,    p_.in, std::min<int64_t>(groups, 2), 0, "driver",
-                  std::min(splits, blocks), {},       pieces};
+      return Plan{Algorithm::winograd,  schedule, 16, p_.in, std::min<int64_t>(groups, 2), 0, "driver", std::min(splits, blocks),
+                  edges_of(p_.h, p_.w), pieces};
     };
+    const Plan fused{Algorithm::winograd,          Schedule::outputs_fused, tiles, std::min<int64_t>(p_.in, 24), 1, 0, "driver",
+                     std::min<int64_t>(3, blocks), edges_of(p_.h, p_.w)};
     for (const Plan& plan : {choose_grad_weight_plan(dtype_, p_.n, p_.in, p_.out, p_.h, p_.w, machine_, Algorithm::direct),
-                             winograd(Schedule::points_split, 1), winograd(Schedule::outputs_split, 3)}) {
-      if (plan.algorithm == Algorithm::winograd && (p_.channels_first || (pieces && p_.in % 32 != 0))) continue;
+                             winograd(Schedule::points_split, 1), winograd(Schedule::outputs_split, 3), fused}) {
+      if (plan.algorithm == Algorithm::winograd && (p_.channels_first || (plan.pieces && p_.in % 32 != 0))) continue;
       Buffer dw(w_.bytes()), bias(p_.out * sizeof(float));
       Buffer workspace(grad_weight_workspace(k_, plan, x, dz) * sizeof(float), 64);
       grad_weight(k_, plan, x, dz, {dtype_, p_.out, p_.in, dw.as(), p_.in * 9, 9, 3, 1}, bias.as<float>(), workspace.as<float>(),
