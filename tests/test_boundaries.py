@@ -186,20 +186,41 @@ def test_filter_gradients_where_tiles_lack_points(
     grad = normal(n, c_out, h, w).to(memory_format=torch.channels_last)
     large = torch.full_like(x, 1e6)
     gradients, plans = [], []
-    for threads in (1, 64):
+    for threads in (1, 2, 5, 64):  # five take ranges of the input channels, too, where sums are fused
         torch.set_num_threads(threads)
         plans.append(_C.cpu_plan("grad_weight", n, c_in, c_out, h, w))
         torch.ops.vggfast.conv3x3_grad_weight(large, grad, None, None)  # whose sums are in the memory that threads keep
         gradients.append(torch.ops.vggfast.conv3x3_grad_weight(x, grad, None, None))
     assert schedule in plans[0]
     assert "F(2)" in plans[0]
-    assert "points split" in plans[1]
-    for one, many in zip(*gradients, strict=True):
-        assert_same_bits(one, many)
+    assert "points split" in plans[-1]
+    assert schedule == "outputs split" or "channels in 1 x 1 ranges" not in plans[2]
+    for many in gradients[1:]:
+        assert_same_bits(gradients[0][0], many[0])
+        assert_same_bits(gradients[0][1], many[1])
     exact = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)
     exact_bias = grad.double().sum((0, 2, 3))
     assert float((gradients[0][0].double() - exact).norm() / exact.norm()) < 5e-6
     assert float((gradients[0][1].double() - exact_bias).norm() / exact_bias.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("algo", ["direct", "winograd"])
+def test_the_bias_gradient_of_a_long_row(isa: str, algo: str) -> None:
+    """Equal gradients, whose roundings all go the same way: a row of them is not one chain of additions."""
+    _C.set_conv_algo(algo)
+    grad = torch.tensor(0.7123457).expand(1, 17, 2, 8193)
+    _, bias = torch.ops.vggfast.conv3x3_grad_weight(normal(1, 16, 2, 8193), grad, None, None)
+    exact = grad.double().sum((0, 2, 3))
+    assert float((bias.double() - exact).norm() / exact.norm()) < 2e-7
+
+
+def test_sums_are_fused_for_any_number_of_threads_that_find_work(isa: str) -> None:
+    """Numbers that divide no number of ranges leave some waiting; only more threads than there are ranges share V and Z."""
+    for threads in range(1, 33):
+        torch.set_num_threads(threads)
+        assert "outputs fused" in _C.cpu_plan("grad_weight", 8, 512, 512, 14, 14)
+    torch.set_num_threads(10_000)
+    assert "points split" in _C.cpu_plan("grad_weight", 8, 512, 512, 14, 14)
 
 
 @pytest.mark.parametrize(("n", "h", "w"), [(1, 92, 93), (3, 52, 55), (7, 36, 40)])

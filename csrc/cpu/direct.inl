@@ -199,21 +199,24 @@ static void few_rows(const Image& x, const float* packed, const Output& out, int
   }
 }
 
+static constexpr int64_t bias_pixels = 16; // whose gradients are summed in fp32 before the sums are added in double
+
 // One gradient row, [W][padded] with zeros past the last channel; its sum over W is added to bias. scratch: (W + 2) * C floats.
 template <class T>
 static void load_gradient_row(const Image& dz, int64_t n, int64_t h, int64_t padded, float* row, double* bias, float* scratch) {
   load_row<T>(dz, n, h, scratch);
-  for (int64_t c = 0; c < padded; c += Vec::width) {
-    Vec sum = Vec::zero();
-    for (int64_t w = 0; w < dz.w; ++w) {
-      const Vec g = c < dz.c ? load_lanes(scratch + (w + 1) * dz.c + c, lanes_from(c, dz.c)) : Vec::zero();
-      g.store(row + w * padded + c);
-      sum = sum + g;
+  for (int64_t c = 0; c < padded; c += Vec::width)
+    for (int64_t begin = 0; begin < dz.w; begin += bias_pixels) {
+      Vec sum = Vec::zero();
+      for (int64_t w = begin; w < dz.w && w < begin + bias_pixels; ++w) {
+        const Vec g = c < dz.c ? load_lanes(scratch + (w + 1) * dz.c + c, lanes_from(c, dz.c)) : Vec::zero();
+        g.store(row + w * padded + c);
+        sum = sum + g;
+      }
+      float lanes[Vec::width];
+      sum.store(lanes);
+      for (int i = 0; i < Vec::width; ++i) bias[c + i] += lanes[i];
     }
-    float lanes[Vec::width];
-    sum.store(lanes);
-    for (int i = 0; i < Vec::width; ++i) bias[c + i] += lanes[i];
-  }
 }
 
 // Adds the rows [begin, end) of N * H to sum[9][in][K padded to whole blocks] and bias[K padded].

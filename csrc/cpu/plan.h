@@ -25,8 +25,8 @@ enum class Schedule {
   points_split,   // V of `tiles` tiles is shared, and in grad_weight Z; threads take points and blocks of output channels (forward:
                   // one of `splits` ranges of them)
   outputs_split,  // grad_weight: a thread takes one of `groups` parts of the tiles and one of `splits` ranges of output channels
-  outputs_fused   // grad_weight: a thread takes all tiles and one of `splits` ranges of output channels through all steps; S of
-                  // `depth` input channels stays in its L2
+  outputs_fused // grad_weight: a thread takes all tiles, one of `splits` ranges of output channels and one of `in_splits` of input
+                // channels through all steps; S of `depth` input channels stays in its L2
 };
 
 constexpr int64_t bias_group = 16; // tiles whose gradients are summed in fp32 before the sums are added in double
@@ -45,6 +45,7 @@ struct Plan {
   // Forward on AMX: images whose bands a thread takes at once, and whether it packs the filters of its output channels itself.
   int64_t images = 1;
   bool own_filters = false;
+  int64_t in_splits = 1; // outputs-fused
 };
 
 inline std::string to_string(const Edges& e) {
@@ -68,7 +69,11 @@ inline std::string to_string(const Plan& p) {
                              "outputs fused"};
   return "winograd F(4x4,3x3)" + to_string(p.edges) + (p.pieces ? ", products on AMX tiles, " : ", ") + schedules[int(p.schedule)] +
          ", tiles " + std::to_string(p.tiles) +
-         (p.schedule == Schedule::chunks_split ? " in " + std::to_string(p.splits) + " parts: " : ": ") + p.reason;
+         (p.schedule == Schedule::chunks_split ? " in " + std::to_string(p.splits) + " parts"
+          : p.schedule == Schedule::outputs_fused
+              ? ", channels in " + std::to_string(p.in_splits) + " x " + std::to_string(p.splits) + " ranges"
+              : "") +
+         ": " + p.reason;
 }
 
 inline TileGrid tile_grid(int64_t n, int64_t h, int64_t w, const Edges& edges = {}) {
@@ -233,9 +238,29 @@ inline Plan plan_amx_grad_weight(int64_t n, int64_t in, int64_t out, int64_t h, 
   return {Algorithm::amx, Schedule::outputs_split, chunk, in, parts, 0, "a product over pixels, of which a tap is a shift", splits};
 }
 
+// Outputs fused: how many ranges of output and of input channels the threads finish soonest, if some wait for others so be it. A
+// job transforms its own ranges, and a channel's transform takes about as long as its products with ten others. Z of a range, which
+// the thread keeps memory for, is 32 MB at most.
+struct Ranges {
+  int64_t out, in;
+};
+inline Ranges fused_ranges(int64_t tiles, int64_t in, int64_t out, int64_t depth, const Machine& m) {
+  const int64_t blocks = ceil_div(out, m.block), parts = ceil_div(in, depth);
+  Ranges best = {1, 1};
+  int64_t least = INT64_MAX;
+  for (int64_t b = 1; b <= parts; ++b)
+    for (int64_t a = 1; a <= blocks; ++a) {
+      const int64_t outs = ceil_div(blocks, a) * m.block, ins = ceil_div(parts, b) * depth;
+      if (36 * 4 * tiles * outs > 32 << 20 && a < blocks) continue;
+      const int64_t time = ceil_div(a * b, m.threads) * (ins * outs + 10 * (ins + outs));
+      if (time < least) best = {a, b}, least = time;
+    }
+  return best;
+}
+
 // grad_weight. Threads share nothing while there are parts and ranges for all of them: a host may place them on cores between which
-// data moves slowly. A range of output channels costs each of its threads V of the same tiles again, which is little beside the
-// products.
+// data moves slowly. A range of output channels costs each of its threads V of the same tiles again, one of input channels Z, which
+// is little beside the products.
 inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m,
                                     Algorithm wanted) {
   if (m.amx && dtype == DType::bf16 && wanted != Algorithm::winograd && in >= 16) return plan_amx_grad_weight(n, in, out, h, w, m);
@@ -252,24 +277,31 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
   const int64_t multiple = pieces ? 32 : bias_group, fitting = std::max(chunk_bytes / tile_bytes / multiple * multiple, multiple);
   const int64_t parts = std::clamp<int64_t>(std::min((16 << 20) / s_bytes, tiles / 128), 1, 4);
   const int64_t of_part = round_up(ceil_div(tiles, parts), bias_group);
+  const char* few = "few output channels and tiles for so many threads";
+  // Where tiles are few, S is much beside V and Z: it is made in parts, each of all tiles, that need not go to memory. The fewer
+  // tiles a row block has, the more often Z is read again. Threads that share V and Z take all tiles at once, too, for the same
+  // bits.
+  const int64_t fused_tiles = s_bytes >= 16 << 20 ? 512 : m.rows < 8 ? 128 : 256;
+  if (parts == 1 && tiles <= fused_tiles && !pieces) {
+    Plan plan{Algorithm::winograd, Schedule::points_split, tiles, in, 1, 0, few};
+    plan.edges = edges_of(h, w);
+    const int64_t depth = std::min<int64_t>(in, 64);
+    if (4 * blocks * ceil_div(in, depth) < 3 * m.threads) return plan;
+    const Ranges ranges = fused_ranges(tiles, in, out, depth, m);
+    plan.schedule = Schedule::outputs_fused, plan.depth = depth, plan.reason = "a thread makes V, Z and S for itself";
+    plan.splits = ranges.out, plan.in_splits = ranges.in;
+    return plan;
+  }
   int64_t splits = 1;
   while (splits < blocks && parts * splits % m.threads != 0 && parts * splits < 4 * m.threads) ++splits;
   const bool enough = parts * splits >= m.threads;
-  // Where S is much beside V and Z it is made in pieces, each of all tiles, that need not go to memory. The fewer tiles a row block
-  // has, the more often Z is read again.
-  const int64_t most = s_bytes >= 16 << 20 ? 512 : m.rows < 8 ? 128 : 256;
-  const bool whole = parts == 1 && tiles <= most && !pieces;
   return {Algorithm::winograd,
-          !enough ? Schedule::points_split
-          : whole ? Schedule::outputs_fused
-                  : Schedule::outputs_split,
-          whole ? tiles : equal_chunk(of_part, fitting, multiple),
-          whole && enough ? std::min<int64_t>(in, 64) : in,
+          enough ? Schedule::outputs_split : Schedule::points_split,
+          equal_chunk(of_part, fitting, multiple),
+          in,
           parts,
           0,
-          whole && enough ? "a thread makes V, Z and S for itself"
-          : enough        ? "V and Z stay with the thread that made them"
-                          : "few output channels and tiles for so many threads",
+          enough ? "V and Z stay with the thread that made them" : few,
           splits,
           edges_of(h, w),
           pieces};

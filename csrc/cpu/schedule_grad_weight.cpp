@@ -88,11 +88,14 @@ struct GradWeight {
 
   // V of a range of tiles.
   void transform_input(const TileRange& tiles, const Points& v) const { k.winograd_input(x, tiles, v, false); }
-  // Z of the tiles, in whole groups, and output channels [c_begin, c_end).
-  void transform_gradients(const TileRange& tiles, int64_t c_begin, int64_t c_end, const Points& z) const {
-    for (int64_t from = tiles.begin; from < tiles.end; from += bias_group)
+  // Z of the tiles, in whole groups, and output channels [c_begin, c_end). Their sums go to `elsewhere` where another job has them.
+  void transform_gradients(const TileRange& tiles, int64_t c_begin, int64_t c_end, const Points& z,
+                           float* elsewhere = nullptr) const {
+    for (int64_t from = tiles.begin; from < tiles.end; from += bias_group) {
+      float* sums = elsewhere ? elsewhere : bias_sums + from / bias_group * padded + c_begin;
       k.winograd_grad_output(dz, {grid, from, std::min(from + bias_group, tiles.end)}, c_begin, c_end, z.from(from - tiles.begin),
-                             bias_sums + from / bias_group * padded + c_begin);
+                             sums);
+    }
   }
   // sum, of one point and one block of output channels, = V^T Z of those of the tiles that have it, or += if that is not the first.
   void accumulate(int point, const TileRange& tiles, const Points& v, int64_t channels, const Points& z, bool first, float* sum,
@@ -178,9 +181,9 @@ Image channels_of(Image x, int64_t begin, int64_t end) {
   return x;
 }
 
-// A thread takes all tiles and a range of output channels through everything, with V of some input channels at a time: S of these
-// and one block of output channels stays in its L2, and dW is made of it at once. A block's Z lies together, and is asked for a
-// point ahead.
+// A thread takes all tiles, a range of output channels and one of input channels through everything, with V of `depth` input
+// channels at a time: S of these and one block of output channels stays in its L2, and dW is made of it at once. A block's Z lies
+// together, and is asked for a point ahead.
 bool grad_filters_outputs_fused(const GradWeight& g, const Filters& dw, const Parallel& parallel) {
   const Kernels& k = g.k;
   const Plan& plan = g.plan;
@@ -189,15 +192,20 @@ bool grad_filters_outputs_fused(const GradWeight& g, const Filters& dw, const Pa
   const int64_t z_position = odd_lines(tiles.count() * k.block);
   const int64_t s_position = filters_position(plan.depth, k.block), z_bytes = tiles.count() * k.block * int64_t(sizeof(float));
   std::atomic<bool> finite{true};
-  parallel(plan.splits, [&](int64_t split) {
+  const int64_t parts = ceil_div(dw.in, plan.depth); // of the input channels
+  parallel(plan.splits * plan.in_splits, [&](int64_t job) {
+    const int64_t split = job / plan.in_splits, in_split = job % plan.in_splits;
     const int64_t begin = g.blocks * split / plan.splits, end = g.blocks * (split + 1) / plan.splits;
-    float* s = scratch(36 * (s_position + v_position + (end - begin) * z_position));
+    const int64_t c_begin = parts * in_split / plan.in_splits * plan.depth,
+                  c_end = parts * (in_split + 1) / plan.in_splits * plan.depth;
+    float* s = scratch(36 * (s_position + v_position + (end - begin) * z_position) + k.block);
     const Points v{s + 36 * s_position, v_row, v_position};
+    float* sums = in_split == 0 ? nullptr : v.data + 36 * (v_position + (end - begin) * z_position);
     const auto z_of = [&](int64_t block) {
       return Points{v.data + 36 * (v_position + (block - begin) * z_position), k.block, z_position};
     };
-    for (int64_t b = begin; b < end; ++b) g.transform_gradients(tiles, b * k.block, (b + 1) * k.block, z_of(b));
-    for (int64_t c = 0; c < dw.in; c += plan.depth) {
+    for (int64_t b = begin; b < end; ++b) g.transform_gradients(tiles, b * k.block, (b + 1) * k.block, z_of(b), sums);
+    for (int64_t c = c_begin; c < c_end; c += plan.depth) {
       const Filters some = input_channels(dw, c, std::min(c + plan.depth, dw.in));
       k.winograd_input(channels_of(g.x, c, c + some.in), tiles, v, false);
       for (int64_t b = begin; b < end; ++b) {

@@ -219,8 +219,9 @@ private:
       return Plan{Algorithm::winograd,  schedule, 16, p_.in, std::min<int64_t>(groups, 2), 0, "driver", std::min(splits, blocks),
                   edges_of(p_.h, p_.w), pieces};
     };
-    const Plan fused{Algorithm::winograd,          Schedule::outputs_fused, tiles, std::min<int64_t>(p_.in, 24), 1, 0, "driver",
-                     std::min<int64_t>(3, blocks), edges_of(p_.h, p_.w)};
+    Plan fused{Algorithm::winograd,          Schedule::outputs_fused, tiles, std::min<int64_t>(p_.in, 24), 1, 0, "driver",
+               std::min<int64_t>(3, blocks), edges_of(p_.h, p_.w)};
+    fused.in_splits = std::min<int64_t>(2, ceil_div(p_.in, fused.depth));
     for (const Plan& plan : {choose_grad_weight_plan(dtype_, p_.n, p_.in, p_.out, p_.h, p_.w, machine_, Algorithm::direct),
                              winograd(Schedule::points_split, 1), winograd(Schedule::outputs_split, 3), fused}) {
       if (plan.algorithm == Algorithm::winograd && (p_.channels_first || (plan.pieces && p_.in % 32 != 0))) continue;
