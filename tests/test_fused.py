@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from network_reference import check_network, error, float64
 from reference import LAYOUTS, WINOGRAD_BOUND, normal
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vggfast import FusedSequential, ops
@@ -224,6 +225,18 @@ def test_a_patched_class_is_obeyed(name: str, monkeypatch: pytest.MonkeyPatch, c
     assert calls == []
 
 
+@pytest.mark.parametrize("name", ["conv2d", "relu", "max_pool2d", "batch_norm"])
+def test_a_patched_function_is_obeyed(name: str, monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
+    original = getattr(F, name)
+    monkeypatch.setattr(F, name, lambda *args, **options: original(*args, **options) * 2 + 1)
+    fused, plain = pair(*block())
+    for network in (fused, plain):
+        network.eval()
+    x = normal(1, 3, 8, 8)
+    assert torch.equal(fused(x), plain(x))
+    assert calls == []
+
+
 def test_a_patched_object_is_obeyed(calls: list[str]) -> None:
     """Padding that wraps around, as image generators patch it in."""
     fused, plain = pair(conv(), nn.ReLU())
@@ -318,6 +331,27 @@ def test_dispatch_modes_see_torchs_operators() -> None:
             network(normal(1, 3, 8, 8))
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+class Doubled(TorchFunctionMode):
+    """What a simulation of other arithmetic does, or a log of what is called."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is torch.conv2d else result
+
+
+def test_function_modes_see_torchs_functions(calls: list[str]) -> None:
+    fused, plain = pair(*block())
+    for network in (fused, plain):
+        network.eval()
+    x = normal(1, 3, 8, 8)
+    with Doubled():
+        assert torch.equal(fused(x), plain(x))
+    assert calls == []
+    with torch.device("cpu"):  # a mode as well, of torch's own
+        fused(x)
+    assert calls
 
 
 # ---- values, gradients and strides ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -215,6 +216,34 @@ def test_a_copy_of_a_placeholder_is_noticed() -> None:
     late, _ = late_gradients.late(weight, None)
     with pytest.raises(RuntimeError, match=r"expected a placeholder of ops\.linear as it was made"):
         late.sum().backward()
+
+
+def layers_of(loss: Tensor) -> list[Any]:
+    """The nodes of autograd's graph that belong to ops.linear."""
+    found, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return [node for node in found if "vggfast_linear" in node.name()]
+
+
+def test_a_hook_on_a_node_may_look_but_not_replace() -> None:
+    """What it sees is NaN; what it put in its place would have become the gradient."""
+    model = network()
+    loss = model(images()).square().sum()
+    for node in layers_of(loss):
+        node.register_hook(lambda *_: None)
+    loss.backward()
+    assert all(bool(g.isfinite().all()) for g in gradients_of(model))
+    loss = model(images()).square().sum()
+    nodes = layers_of(loss)
+    assert len(nodes) == 2
+    for node in nodes:
+        node.register_hook(lambda inputs, _: tuple(None if g is None else g.clone() for g in inputs))
+    with pytest.raises(RuntimeError, match="register the hook on the weight or on a module"):
+        loss.backward()
 
 
 def test_copies_of_a_model_do_not_share_anything() -> None:

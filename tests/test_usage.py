@@ -275,6 +275,23 @@ def test_ways_to_differentiate(name: str) -> None:
     assert_same(WAYS[name](fused), WAYS[name](plain))
 
 
+def test_forward_mode_over_a_backward_pass() -> None:
+    """The derivative of a gradient in a direction, where the forward pass knew nothing of it."""
+    tangents = []
+    for network in pair():
+        x = image().requires_grad_()
+        y = network(x)
+        with torch.autograd.forward_ad.dual_level():
+            seed = torch.autograd.forward_ad.make_dual(torch.ones_like(y), torch.linspace(0, 1, y.numel()).view_as(y))
+            tangents.append(
+                [
+                    torch.autograd.forward_ad.unpack_dual(g).tangent
+                    for g in torch.autograd.grad(y, [x, *network.parameters()], seed)
+                ]
+            )
+    assert_same(*tangents)
+
+
 class AddOne(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.add_(1)

@@ -199,3 +199,16 @@ def compute_dtype(t: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(t.device.type) and t.dtype.is_floating_point and t.dtype != torch.float64:
         return torch.get_autocast_dtype(t.device.type)
     return t.dtype
+
+
+def suggests_channels_last(t: Tensor) -> bool:
+    """What `Tensor::suggest_memory_format` in c10/core/MemoryFormat.h answers for a 4-D tensor; it has no Python name."""
+    sizes, strides = t.shape, t.stride()
+    if strides[1] == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if strides[d] < least or (d == 0 and least == strides[1]):
+            return False
+        least = strides[d] * sizes[d]
+    return True

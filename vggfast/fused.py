@@ -41,7 +41,7 @@ class FusedSequential(nn.Sequential):
     Input is [N, C, H, W] in float32, bfloat16 or float16 on a CPU or CUDA device. A run of `nn.Linear` and `nn.ReLU` is one
     op for a small batch on a CPU; `ops.linear` says when. Everything else runs module by module
     as torch does, as does all that would otherwise see a difference: children with hooks, parametrisations or an own
-    `forward`, global module hooks, tensor subclasses, dispatch modes, `torch.fx`, `torch.jit`, `torch.export`, ONNX.
+    `forward`, global module hooks, tensor subclasses, dispatch and function modes, `torch.fx`, `torch.jit`, `torch.export`, ONNX.
     `vggfast.explain(model, x)` says for every layer which it was, and why.
 
     In-place ReLU: plain torch overwrites what a hook on the layer before may have kept. Here a ReLU never overwrites a
@@ -196,28 +196,15 @@ def _layout_after(run: Run, x: Tensor, layout: bool | None) -> bool:
     ATen's convolutions return channels_last where input or weight suggest it, its pooling where the input does.
     """
     n, c, h, w = x.shape
-    suggested = _suggests_channels_last(x) if layout is None else layout
+    suggested = dispatch.suggests_channels_last(x) if layout is None else layout
     if c == h == w == 1 and (layout is not None or n > 1):
         suggested = False  # ATen asks once more after making x dense, and the dense strides are those of both formats
     if run.weight is None:
         return suggested
-    result = suggested or _suggests_channels_last(run.weight)
+    result = suggested or dispatch.suggests_channels_last(run.weight)
     if run.bn is not None or (run.relu is not None and not run.relu.inplace):
         result = result and not (run.weight.shape[0] == 1 or h == w == 1)  # as in _run_module
     return result
-
-
-def _suggests_channels_last(t: Tensor) -> bool:
-    """What `Tensor::suggest_memory_format` in c10/core/MemoryFormat.h answers for a 4-D tensor; it has no Python name."""
-    sizes, strides = t.shape, t.stride()
-    if strides[1] == 0:
-        return False
-    least = 0
-    for d in (1, 3, 2, 0):
-        if strides[d] < least or (d == 0 and least == strides[1]):
-            return False
-        least = strides[d] * sizes[d]
-    return True
 
 
 def _execute(run: Run, x: Tensor) -> Tensor:

@@ -32,11 +32,15 @@ class _Late(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         make: Callable[[], Gradients] | None = getattr(grad_weight, _MAKE, None)
+        expected, ctx.expects_placeholder = getattr(ctx, "expects_placeholder", False), False
         if make is not None:
             made = make()
             return made[0], None if grad_bias is None else made[1]
-        if grad_weight.numel() > 1 and not any(grad_weight.stride()):
-            raise RuntimeError("vggfast: expected a placeholder of ops.linear as it was made, got a copy of one")
+        if expected or (grad_weight.numel() > 1 and not any(grad_weight.stride())):
+            raise RuntimeError(
+                "vggfast: expected a placeholder of ops.linear as it was made, got another tensor in its place, which a hook on "
+                "a node of autograd's graph has put there; register the hook on the weight or on a module"
+            )
         return grad_weight, grad_bias
 
 
@@ -60,9 +64,10 @@ def late(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return late_weight, late_bias
 
 
-def is_late(weight: Tensor) -> bool:
+def node_of(weight: Tensor) -> Any:
+    """The node that makes the gradient of ``weight`` late, or None."""
     node: Any = _Late
-    return type(weight.grad_fn) is node._backward_cls
+    return weight.grad_fn if type(weight.grad_fn) is node._backward_cls else None
 
 
 def leaf(weight: Tensor) -> Tensor:
@@ -73,15 +78,16 @@ def leaf(weight: Tensor) -> Tensor:
 
 
 def placeholders(
-    grad: Tensor, weight_shape: torch.Size, dtype: torch.dtype, make: Callable[[], Gradients]
+    node: Any, grad: Tensor, weight_shape: torch.Size, dtype: torch.dtype, make: Callable[[], Gradients]
 ) -> Gradients:
-    """Gradients without memory, for which ``make`` is called when it is their turn.
+    """Gradients without memory, for which ``node`` calls ``make`` when it is their turn.
 
     They are NaN, so that one which something else got hold of cannot be taken for a gradient. Where autograd looks for NaN, and
     under functorch, gradients are made at once.
     """
     if dispatch.inside_functorch() or torch.is_anomaly_enabled():
         return make()
+    node.expects_placeholder = True
     nothing = grad.new_full((), float("nan"), dtype=dtype)
     weight = nothing.expand(weight_shape)
     setattr(weight, _MAKE, make)

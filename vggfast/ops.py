@@ -177,10 +177,16 @@ def _unpool(grad: Tensor, argmax: Tensor, h: int, w: int) -> Tensor:
     return F.pad(windows, (0, w - 2 * pw, 0, h - 2 * ph))
 
 
+def _differentiated() -> bool:
+    """Whether a backward pass is itself differentiated: it then consists of torch's own operations, which have all derivatives."""
+    return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+
+
 def _setup_conv3x3(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, relu, pool, save_argmax = inputs
     y, argmax = output
     ctx.pool, ctx.size, ctx.argmax_saved = pool, x.shape[2:], save_argmax
+    ctx.contiguous = not (dispatch.suggests_channels_last(x) or dispatch.suggests_channels_last(weight))
     ctx.needs = needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     # The input only for the filters' gradient, the filters only for the input's, the output only for the ReLU's mask.
     saved_x = x if needs_weight or needs_bias else None
@@ -196,9 +202,7 @@ def _backward_conv3x3(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor 
             "vggfast::conv3x3: expected save_argmax=True for a pooled call that is differentiated, got False"
         )
     needs_x, needs_weight, needs_bias = ctx.needs  # ctx.needs_input_grad is not safe in two threads over one graph
-    if (
-        torch.is_grad_enabled()
-    ):  # create_graph: the same from torch's own operations, which have derivatives of any order
+    if _differentiated():
         grad_x, grad_weight, grad_bias = _composed_backward(x, weight, y, argmax, grad, h, w, ctx.needs)
         return grad_x, grad_weight, grad_bias, None, None, None
     c = x.shape[1] if weight is None else weight.shape[1]
@@ -211,6 +215,7 @@ def _backward_conv3x3(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor 
         grad_x, grad_weight, grad_bias = _composed_backward(x, weight, y, argmax, grad, h, w, by_aten)
     if needs_x and not no_input:
         grad_x = _ops.conv3x3_grad_input(grad, weight, y, argmax, h, w)
+        grad_x = grad_x.contiguous() if ctx.contiguous else grad_x  # as torch's is: people write grad.view(n, -1)
     if (needs_weight or needs_bias) and not no_weight:
         grad_weight, grad_bias = _ops.conv3x3_grad_weight(x, grad, y, argmax)
     return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
@@ -239,7 +244,7 @@ def _composed_backward(
     if y is not None:
         grad = torch.where(y.detach() <= 0, torch.zeros_like(grad), grad)
     if argmax is not None:
-        grad = _unpool(grad, argmax, h, w) if torch.is_grad_enabled() else _ops.max_pool2x2_grad(grad, argmax, h, w)
+        grad = _unpool(grad, argmax, h, w) if _differentiated() else _ops.max_pool2x2_grad(grad, argmax, h, w)
     n, c_out = grad.shape[:2]
     grad_x = grad_weight = grad_bias = None
     if needs[0] and weight is not None:
@@ -253,7 +258,7 @@ def _composed_backward(
 
 def _setup_max_pool2x2(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, ctx.argmax_saved = inputs
-    ctx.size = x.shape[2:]
+    ctx.size, ctx.contiguous = x.shape[2:], not dispatch.suggests_channels_last(x)
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -263,17 +268,20 @@ def _backward_max_pool2x2(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Ten
     h, w = ctx.size
     if not ctx.argmax_saved:
         raise RuntimeError("vggfast::max_pool2x2: expected save_argmax=True for a differentiated call, got False")
-    if torch.is_grad_enabled():
+    if _differentiated():
         return _unpool(grad, argmax, h, w), None
-    return _ops.max_pool2x2_grad(grad, argmax, h, w), None
+    grad_x = _ops.max_pool2x2_grad(grad, argmax, h, w)
+    return grad_x.contiguous() if ctx.contiguous else grad_x, None
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, relu = inputs
     ctx.needs = needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    ctx.weight_dtype, ctx.weight_shape, ctx.late = weight.dtype, weight.shape, late_gradients.is_late(weight)
+    ctx.weight_dtype, ctx.weight_shape, ctx.late = weight.dtype, weight.shape, late_gradients.node_of(weight)
     saved_x = x if needs_weight or needs_bias else None
-    weight = late_gradients.leaf(weight) if ctx.late else weight  # or its gradient might get a second part, to add
+    weight = (
+        late_gradients.leaf(weight) if ctx.late is not None else weight
+    )  # or its gradient might get a second part, to add
     ctx.save_for_backward(saved_x, weight if needs_x else None, output if relu else None)
 
 
@@ -281,7 +289,7 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs
     grad_x = grad_weight = grad_bias = None
-    if torch.is_grad_enabled():  # create_graph
+    if _differentiated():
         if y is not None:
             grad = torch.where(y.detach() <= 0, torch.zeros_like(grad), grad)
         grad_x = grad @ weight.to(grad.dtype) if needs_x else None
@@ -291,7 +299,9 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs_weight or needs_bias:
         make = partial(_ops.linear_grad_weight, x, grad, y, ctx.weight_dtype == torch.float32)
         grad_weight, grad_bias = (
-            late_gradients.placeholders(grad, ctx.weight_shape, ctx.weight_dtype, make) if ctx.late else make()
+            make()
+            if ctx.late is None
+            else late_gradients.placeholders(ctx.late, grad, ctx.weight_shape, ctx.weight_dtype, make)
         )
     return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None
 

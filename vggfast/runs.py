@@ -3,8 +3,10 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.utils._device import DeviceContext
 
 from vggfast import dispatch
 
@@ -16,6 +18,10 @@ STAGES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
 # What a patched class would replace; a patch (padding that wraps around, say) must be seen, so it ends fusion.
 _METHODS = tuple((c, name, getattr(c, name)) for c in (*STAGES, nn.Linear) for name in ("forward", "__call__"))
 _METHODS += ((nn.Conv2d, "_conv_forward", nn.Conv2d._conv_forward),)
+_FUNCTIONS: tuple[tuple[Any, str, Any], ...] = tuple(
+    (F, name, getattr(F, name)) for name in ("conv2d", "batch_norm", "relu", "max_pool2d", "linear")
+)
+_FUNCTIONS += ((nn.Module, "_call_impl", nn.Module._call_impl),)
 
 
 class Run(NamedTuple):
@@ -102,9 +108,21 @@ def context_obstacle() -> str:
         return "global module hooks are registered"
     if any(getattr(owner, name) is not method for owner, name, method in _METHODS):
         return "a torch.nn class was patched"
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+    watched = "" if torch.compiler.is_compiling() else _watched()
+    return watched or dispatch.why_not_transforms()
+
+
+def _watched() -> str:
+    """Why torch's own operators must run, for somebody who looks at each or puts another in its place, or ""."""
+    if torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode is active: it sees torch's own operators"
-    return dispatch.why_not_transforms()
+    if torch._C._len_torch_function_stack():
+        modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        if any(type(mode) is not DeviceContext for mode in modes):  # which torch.set_default_device leaves on
+            return "a TorchFunctionMode is active: it sees torch's own functions"
+    if any(getattr(owner, name) is not function for owner, name, function in _FUNCTIONS):
+        return "a function of torch.nn was patched"
+    return ""
 
 
 def hooked_globally() -> bool:
