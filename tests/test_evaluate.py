@@ -16,6 +16,8 @@ import vggfast
 from vggfast.loading import LoadedModel
 from vggfast.preprocessing import Normalisation
 from vggfast.recipes import RecipeError
+from vggfast.recipes import data as datasets
+from vggfast.recipes import train as training
 from vggfast.recipes.evaluate import Labelled, Sample, evaluate, find
 from vggfast.recipes.predict import open_model, predict
 from vggfast.recipes.views import Views
@@ -230,8 +232,6 @@ def test_evaluate_prints_json_and_a_table(folder, checkpoint, tmp_path):
 
 
 def test_evaluate_on_digits_is_the_accuracy_of_the_training(tmp_path):
-    from vggfast.recipes import data as datasets
-
     model = narrow_vgg(num_classes=10, in_channels=1)
     vggfast.save_weights(model, tmp_path / "model.safetensors", size=32)
     got = json.loads(run("evaluate", "--data", "digits", "--weights", tmp_path, "--json").stdout)
@@ -242,6 +242,47 @@ def test_evaluate_on_digits_is_the_accuracy_of_the_training(tmp_path):
     assert got["images"] == data.test_size
     assert got["top1_accuracy"] == right / data.test_size
     assert got["top5_accuracy"] > got["top1_accuracy"]
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """The folder of a narrow VGG that was trained on a part of the digits, and its data, of another mean than all."""
+    monkeypatch.setattr(training, "build_model", lambda name, data: narrow_vgg(num_classes=10, in_channels=1))
+    settings = {"output": str(tmp_path / "run"), "epochs": 1, "limit": 60, "batch_size": 20, "lr": 0.05, "threads": 1}
+    training.fit(training.TrainConfig.recipe("digits", **settings))
+    return tmp_path / "run", datasets.load("digits", size=32, batch_size=60, seed=0, limit=60)
+
+
+def test_a_digits_image_is_normalised_in_prediction_as_in_training(trained, tmp_path):
+    run_folder, data = trained
+    loaded = vggfast.load_model(run_folder / "model.safetensors")
+    assert loaded.normalisation == data.normalisation
+    pixels = (data.pixels[0, 0] * 255).round()
+    Image.fromarray(pixels.to(torch.uint8).numpy()).save(tmp_path / "digit.png")
+    done = run("predict", tmp_path / "digit.png", "--weights", run_folder, "--top", 10, "--json")
+    assert done.exit_code == 0, done.output
+    assert done.stderr == ""
+    got = {answer["index"]: answer["probability"] for answer in json.loads(done.stdout)[0]["top"]}
+    with torch.no_grad():
+        expected = loaded.model(data.test[0][:1]).softmax(1)[0]
+        elsewhere = loaded.model(Normalisation()(data.pixels[:1])).softmax(1)[0]
+    torch.testing.assert_close(torch.tensor([got[index] for index in range(10)]), expected, atol=2e-3, rtol=0)
+    assert (expected - elsewhere).abs().max() > 1e-2  # with ImageNet's mean and deviation it would show
+
+
+def test_digits_are_normalised_once_in_evaluation_by_the_networks_own_mean(trained):
+    run_folder, data = trained
+    loaded = vggfast.load_model(run_folder / "model.safetensors")
+    found = find("digits", size=32)
+    assert not found.normalised
+    shown = []
+    loaded.model.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0].clone()))
+    evaluate([loaded], found, Views(32, (32,)), batch_size=400)
+    pixels = torch.stack([sample.read() for sample in found.samples])
+    assert 0 <= pixels.min() < pixels.max() <= 1
+    torch.testing.assert_close(torch.cat(shown), data.normalisation(pixels))
+    done = run("evaluate", "--data", "digits", "--weights", run_folder, "--json")
+    assert done.stderr == ""
 
 
 def test_the_commands_say_no_in_one_message(folder, checkpoint, tmp_path):

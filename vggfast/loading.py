@@ -27,6 +27,8 @@ class LoadedModel:
         size: height and width of the images that it was trained on, in pixels; None where the checkpoint does not tell.
         layout: of the checkpoint's keys, one of `vggfast.weight_layouts.LAYOUTS`.
         source: what was loaded.
+        scale: length of the shorter edge, in pixels, of the images that those of `size` are cropped from; None where the
+            checkpoint does not tell.
     """
 
     model: models.VGG
@@ -37,6 +39,7 @@ class LoadedModel:
     in_channels: int
     layout: str
     source: str
+    scale: int | None = None
 
     @property
     def num_classes(self) -> int:
@@ -120,6 +123,7 @@ def _about(spec: Any, path: Path, layout: str) -> dict[str, Any]:
         "normalisation": Normalisation.from_dict(said) if "mean" in said else default,
         "normalisation_known": "mean" in said or layout == "keras",
         "size": said.get("size"),
+        "scale": said.get("scale"),
     }
 
 

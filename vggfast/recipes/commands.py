@@ -16,7 +16,7 @@ from vggfast.recipes import RecipeError
 from vggfast.recipes.config import AMP_DTYPES
 from vggfast.recipes.evaluate import BUILT_IN, Evaluation, Labelled, find
 from vggfast.recipes.evaluate import evaluate as run_evaluation
-from vggfast.recipes.predict import default_size, open_model
+from vggfast.recipes.predict import default_scales, default_size, open_model
 from vggfast.recipes.predict import predict as run_prediction
 from vggfast.recipes.train import choose_device
 from vggfast.recipes.views import Views
@@ -34,7 +34,9 @@ SizeOption = Annotated[
 ]
 ScalesOption = Annotated[
     str | None,
-    typer.Option(help="Lengths of the shorter edge to rescale to, as 256,384,512. Default: 256 for crops of 224."),
+    typer.Option(
+        help="Lengths of the shorter edge to rescale to, as 256,384,512. Default: as in the training, else 256 for crops of 224."
+    ),
 ]
 DenseOption = Annotated[bool, typer.Option("--dense", help="The whole image, through the fully convolutional network.")]
 CropsOption = Annotated[
@@ -83,14 +85,15 @@ def evaluate(
     """
     place, models = _prepare(weights, preprocessing, device, threads)
     size = size or default_size(models, otherwise=32 if data in BUILT_IN else 224)
-    views = _views(size, scales or (str(size) if data in BUILT_IN else None), dense, crops, flip)
+    scales = scales or (str(size) if data in BUILT_IN else None)
+    views = _views(models, size, scales, dense, crops, flip)
     images = find(data, size=size, limit=limit, held_out=held_out)
     with _Bar(images) as bar:
         result = run_evaluation(
             models, images, views, top=_numbers("top", top), device=place, batch_size=batch_size,
             autocast=AMP_DTYPES[amp], workers=workers, listener=bar.show,
         )  # fmt: skip
-    _warn(models, images.normalised)
+    _warn(models, images.normalisation_known)
     for text in (*result.unreadable, *result.notes):
         typer.echo(text, err=True)
     if as_json:
@@ -129,7 +132,7 @@ def predict(
     Exits with 1 where an image cannot be read; the others are shown all the same.
     """
     place, models = _prepare(weights, preprocessing, device, threads)
-    views = _views(size or default_size(models), scales, dense, crops, flip)
+    views = _views(models, size or default_size(models), scales, dense, crops, flip)
     predictions = run_prediction(images, models, views, top=top, device=place)
     _warn(models)
     if as_json:
@@ -159,8 +162,10 @@ def _prepare(
     return place, [open_model(each, preprocessing) for each in weights]
 
 
-def _views(size: int, scales: str | None, dense: bool, crops: str | None, flip: bool) -> Views:
-    lengths = _numbers("scales", scales)
+def _views(
+    models: list[LoadedModel], size: int, scales: str | None, dense: bool, crops: str | None, flip: bool
+) -> Views:
+    lengths = _numbers("scales", scales) or default_scales(models, size)
     chosen: Any = crops or ("none" if dense else "center")
     return Views(size=size, scales=None if lengths is None else tuple(lengths), dense=dense, crops=chosen, flip=flip)
 
@@ -174,10 +179,10 @@ def _numbers(name: str, text: str | None) -> list[int] | None:
         raise RecipeError(f"--{name}: expected whole numbers with commas between, got {text!r}") from None
 
 
-def _warn(models: list[LoadedModel], normalised: bool = False) -> None:
+def _warn(models: list[LoadedModel], known: bool = False) -> None:
     """Say so where it was a guess how a model's images are normalised."""
     for model in models:
-        if not (normalised or model.normalisation_known):
+        if not (known or model.normalisation_known):
             typer.echo(
                 f"{model.source} does not say how its images were normalised: ImageNet's mean and deviation were taken, as "
                 "torchvision's and timm's weights have them; --preprocessing chooses",

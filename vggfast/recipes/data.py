@@ -8,12 +8,13 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vggfast.preprocessing import Normalisation
 from vggfast.recipes import RecipeError
 
 Batch = tuple[Tensor, Tensor]  # images [N, C, S, S] float32, labels [N] int64
@@ -49,6 +50,7 @@ class Data(Protocol):
 
     classes: list[str]
     in_channels: int
+    normalisation: Normalisation | None  # of pixels in [0, 1]; None where images are no pictures
     train_size: int  # of all processes
     test_size: int
     unreadable: dict[str, str]  # images that this process could not read, and skipped: name, reason
@@ -104,8 +106,8 @@ def load(
     if builtin:
         if val is not None:
             raise RecipeError(f"val: {data} has held-out images of its own; leave out --val")
-        classes, train, test = builtin(size, limit)
-        return TensorData(classes, train, test, batch_size, seed, TENSOR_AUGMENTATIONS[augment], share)
+        parts = builtin(size, limit)
+        return TensorData(*parts, batch_size, seed, TENSOR_AUGMENTATIONS[augment], share)
 
     from vggfast.recipes.images import ImageData
 
@@ -191,11 +193,15 @@ TENSOR_AUGMENTATIONS: dict[str, TensorAugmentation] = {
 
 @dataclass
 class TensorData:
-    """A data set that fits in memory: images [N, C, S, S] already scaled and normalised, labels [N]."""
+    """A data set that fits in memory: images [N, C, S, S] of their size, labels [N].
+
+    Images come in [0, 1] where there is a `normalisation`, which is applied here; `pixels` keeps the held-out ones as they came.
+    """
 
     classes: list[str]
     train: Batch
     test: Batch
+    normalisation: Normalisation | None
     batch_size: int
     seed: int
     augment: TensorAugmentation
@@ -203,6 +209,9 @@ class TensorData:
     unreadable: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.pixels = self.test[0]
+        if self.normalisation is not None:
+            self.train, self.test = ((self.normalisation(images), labels) for images, labels in (self.train, self.test))
         self.in_channels = self.train[0].shape[1]
         self.train_size, self.test_size = len(self.train[1]), len(self.test[1])
 
@@ -221,7 +230,13 @@ class TensorData:
         yield from zip(torch.split(images, at_a_time), torch.split(labels, at_a_time), strict=True)
 
 
-Parts = tuple[list[str], Batch, Batch]  # classes, to train on, held out
+class Parts(NamedTuple):
+    """What TensorData is made of."""
+
+    classes: list[str]
+    train: Batch
+    test: Batch
+    normalisation: Normalisation | None
 
 
 def _digits(size: int, limit: int | None) -> Parts:
@@ -261,10 +276,11 @@ def _mnist_pixels() -> Batch:
 
 
 def _split(images: Tensor, labels: Tensor, limit: int | None) -> Parts:
-    """Ten digits, normalised by the training images' mean and deviation, a fifth of each digit held out."""
+    """Ten digits, to be normalised by the training images' mean and deviation, a fifth of each digit held out."""
     train, test = (part[:limit] for part in shuffled(stratified_split(labels, TEST_FRACTION, SPLIT_SEED)))
-    images = (images - images[train].mean()) / images[train].std()
-    return [str(digit) for digit in range(10)], (images[train], labels[train]), (images[test], labels[test])
+    normalisation = Normalisation((images[train].mean().item(),), (images[train].std().item(),))
+    classes = [str(digit) for digit in range(10)]
+    return Parts(classes, (images[train], labels[train]), (images[test], labels[test]), normalisation)
 
 
 def _fake(size: int, limit: int | None) -> Parts:
@@ -277,4 +293,4 @@ def _fake(size: int, limit: int | None) -> Parts:
         return patterns[labels] + torch.randn(count, 3, size, size, generator=generator), labels
 
     train, test = draw(min(512, limit or 512)), draw(min(128, limit or 128))
-    return [f"pattern {number}" for number in range(10)], train, test
+    return Parts([f"pattern {number}" for number in range(10)], train, test, None)

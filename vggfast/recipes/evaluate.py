@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vggfast.loading import LoadedModel
+from vggfast.preprocessing import Normalisation
 from vggfast.recipes import RecipeError, pictures, shards
 from vggfast.recipes import data as datasets
 from vggfast.recipes.views import Classifier, Views
@@ -30,12 +31,22 @@ class Sample:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Labelled images. `normalised`: they are tensors as the training had them, to be normalised no more."""
+    """Labelled images.
+
+    Attributes:
+        normalised: they are tensors as the training had them, to be normalised no more.
+        normalisation: the training's, for networks whose checkpoint does not say theirs; None where nothing is known of it.
+    """
 
     name: str
     classes: list[str]
     samples: list[Sample]
     normalised: bool = False
+    normalisation: Normalisation | None = None
+
+    @property
+    def normalisation_known(self) -> bool:
+        return self.normalised or self.normalisation is not None
 
 
 def find(data: str, *, size: int = 224, limit: int | None = None, held_out: bool = False) -> Labelled:
@@ -51,13 +62,11 @@ def find(data: str, *, size: int = 224, limit: int | None = None, held_out: bool
     """
     if data in BUILT_IN:
         loaded = datasets.load(data, size=size, batch_size=256, seed=0)
-        tensors = [
-            (image, label)
-            for images, labels in loaded.test_batches()
-            for image, label in zip(images, labels.tolist(), strict=True)
-        ]
+        assert isinstance(loaded, datasets.TensorData)
+        tensors = zip(loaded.pixels, loaded.test[1].tolist(), strict=True)
         samples = [Sample(f"{data} {n}", label, lambda i=image: i) for n, (image, label) in enumerate(tensors)]  # type: ignore[misc]
-        return Labelled(f"{data}, held out", loaded.classes, _limited(samples, limit), normalised=True)
+        own = loaded.normalisation
+        return Labelled(f"{data}, held out", loaded.classes, _limited(samples, limit), own is None, own)
     root = Path(data)
     part = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
     classes, samples = _from_shards(str(part)) if shards.is_shards(str(part)) else _from_folders(part)
@@ -156,8 +165,9 @@ def evaluate(
     views = views or Views()
     data = find(data, size=views.size) if isinstance(data, str) else data
     classifier = Classifier(
-        models, views, device=device, batch_size=batch_size, autocast=autocast, normalised=data.normalised
-    )
+        models, views, device=device, batch_size=batch_size, autocast=autocast, normalised=data.normalised,
+        assumed=data.normalisation,
+    )  # fmt: skip
     names = class_names(models)
     result, classes, to_model = Evaluation(0, {}, [], 0.0), 0, torch.empty(0, dtype=torch.int64)
     started = time.perf_counter()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vggfast.preprocessing import Normalisation
 from vggfast.recipes import RecipeError, pictures, shards, transforms
 from vggfast.recipes.data import (
     SPLIT_SEED,
@@ -63,6 +64,7 @@ class ImageData:
     """
 
     in_channels = 3
+    normalisation: Normalisation | None = Normalisation()  # ImageNet's, as in `transforms.build`
 
     def __init__(
         self,

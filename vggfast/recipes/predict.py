@@ -75,11 +75,12 @@ def predict(
     Args:
         images: paths of image files, PIL images, or tensors [C, H, W] of integers or of floats in [0, 1].
         models: one or an ensemble; see `Classifier`.
-        views: None is the central crop, of the size that the first checkpoint says or 224 pixels.
+        views: None is the central crop, of the size and scale that the first checkpoint says or of 224 pixels.
 
     A path that cannot be read gets a Prediction with an `error`. Raises RecipeError where models do not fit each other.
     """
-    views = views or Views(size=default_size(models))
+    size = default_size(models)
+    views = views or Views(size=size, scales=default_scales(models, size))
     classifier = Classifier(models, views, device=device, batch_size=batch_size)
     names = class_names(models)
     predictions = []
@@ -104,6 +105,12 @@ def predict(
 def default_size(models: Sequence[LoadedModel | nn.Module], otherwise: int = 224) -> int:
     """The size of the images that the first checkpoint which tells was trained on."""
     return next((model.size for model in models if isinstance(model, LoadedModel) and model.size), otherwise)
+
+
+def default_scales(models: Sequence[LoadedModel | nn.Module], size: int) -> tuple[int] | None:
+    """The scale of the first checkpoint that tells one for crops of `size`; None for the usual one."""
+    told = (model for model in models if isinstance(model, LoadedModel) and model.scale and model.size == size)
+    return next(((model.scale,) for model in told if model.scale), None)
 
 
 def _usual_names(classes: int) -> list[str]:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import vggfast.models
-from vggfast.preprocessing import Normalisation
 from vggfast.recipes import RecipeError, checkpoint, curve, warm_start
 from vggfast.recipes import data as datasets
 from vggfast.recipes.config import RECIPES, TrainConfig
@@ -190,8 +189,12 @@ def write_weights(trainer: Trainer) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trainer.tested.state_dict().items()}
     data = trainer.data
     about: dict[str, Any] = {"model": trainer.config.model, "in_channels": data.in_channels, "classes": data.classes}
-    normalisation = {} if trainer.config.data in RECIPES else Normalisation().to_dict()  # images: ImageNet's
-    about["preprocessing"] = {"size": trainer.config.size, **normalisation}
+    about["preprocessing"] = {
+        "size": trainer.config.size,
+        **(data.normalisation.to_dict() if data.normalisation else {}),
+    }
+    if trainer.config.data in RECIPES:
+        about["preprocessing"]["scale"] = trainer.config.size  # trained on whole images: nothing is to be cropped
     with checkpoint.atomic_write(Path(trainer.config.output) / WEIGHTS) as temporary:
         try:
             save_file(tensors, temporary, {name: json.dumps(value) for name, value in about.items()})

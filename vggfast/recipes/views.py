@@ -123,6 +123,7 @@ class Classifier:
         batch_size: crops that a network is given at a time; of larger views, fewer.
         autocast: dtype of mixed precision; None for none.
         normalised: the images are tensors that are normalised already.
+        assumed: how images are normalised for a network whose checkpoint does not say; None is ImageNet's.
 
     Raises RecipeError for models that do not give the same number of scores, or are no VGG where `views.dense`.
     """
@@ -136,9 +137,10 @@ class Classifier:
         batch_size: int = 16,
         autocast: torch.dtype | None = None,
         normalised: bool = False,
+        assumed: Normalisation | None = None,
     ) -> None:
         self.views, self.device, self.batch_size, self.autocast = views, torch.device(device), batch_size, autocast
-        self._members = [_Member(model, views, self.device, normalised) for model in models]
+        self._members = [_Member(model, views, self.device, normalised, assumed) for model in models]
         if not self._members:
             raise RecipeError("models: expected at least one, got none")
 
@@ -194,10 +196,19 @@ class Classifier:
 class _Member:
     """One network of an ensemble."""
 
-    def __init__(self, model: LoadedModel | nn.Module, views: Views, device: torch.device, normalised: bool) -> None:
+    def __init__(
+        self,
+        model: LoadedModel | nn.Module,
+        views: Views,
+        device: torch.device,
+        normalised: bool,
+        assumed: Normalisation | None,
+    ) -> None:
         network = model.model if isinstance(model, LoadedModel) else model
         self.network = network.to(device).eval()
-        self.normalisation = model.normalisation if isinstance(model, LoadedModel) else Normalisation()
+        self.normalisation = assumed or Normalisation()
+        if isinstance(model, LoadedModel) and (model.normalisation_known or assumed is None):
+            self.normalisation = model.normalisation
         self.normalised = normalised
         weight = next((parameter for parameter in network.parameters() if parameter.ndim == 4), None)
         if weight is None:
