@@ -206,9 +206,9 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw pictures into this folder.")] = None,
 ) -> None:
-    """Compare speed with other runtimes: checked first, interleaved rounds, equal threads, each rival in its own process.
+    r"""Compare speed with other runtimes: checked first, interleaved rounds, equal threads, each rival in its own process.
 
-    Rivals that are not installed are named. pip install "vggfast[bench]" brings them.
+    Rivals that are not installed are named. pip install "vggfast\[bench]" brings them.
     """
     from vggfast.bench import BenchError
     from vggfast.bench.command import bench as measure
@@ -237,7 +237,7 @@ def train(
             help="digits, mnist, fake, a folder with train/<class>/ and val/<class>/, or shards: 'x-{000..003}.tar'."
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the results.  [default: runs/<data>]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results.  \\[default: runs/<data>]")] = None,
     val: Annotated[str | None, typer.Option(help="Folder or shards of held-out images, if not in --data.")] = None,
     preset: Annotated[
         PresetName | None, typer.Option("--recipe", help="Of folders and shards: the paper's (default), or today's.")
