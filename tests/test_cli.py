@@ -20,7 +20,7 @@ from test_train_images import write_images
 from typer.testing import CliRunner, Result
 
 import vggfast.models
-from vggfast import _C, cli
+from vggfast import _C, cli, explanation
 from vggfast.recipes import train as training
 from vggfast.recipes.progress import ProgressBar
 
@@ -145,6 +145,14 @@ def test_explain_rejects_what_it_does_not_know():
     assert_one_message(run("explain", "vgg16", "--dtype", "fp8"), "--dtype", "fp8", "bf16")
     assert_one_message(run("explain", "vgg16c", "--batch-norm"), "vgg16c has no variant with BatchNorm")
     assert_one_message(run("explain", "vgg16", "--device", "tpu"), "expected auto, cpu, cuda or cuda:N, got 'tpu'")
+
+
+def test_explain_names_the_option_that_needs_a_build_with_nvcc_and_how_to_get_one(small_vgg, monkeypatch):
+    monkeypatch.setattr(explanation, "build_obstacle", lambda: "this build has no CUDA kernels")
+    for option, given in (("--gpu", ["--gpu", "8.0,108"]), ("--roofline", ["--roofline"])):
+        done = run("explain", "vgg11", "--size", 32, *given)
+        assert_one_message(done, f"error: {option}: this build has no CUDA kernels. Install anew", "CUDA_HOME")
+    assert run("explain", "--help").stdout.count("Needs a build with nvcc, but no GPU") == 2
 
 
 # ---- train ---------------------------------------------------------------------------------------------------------

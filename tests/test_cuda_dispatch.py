@@ -56,7 +56,7 @@ def test_explain_of_a_gpu_on_the_command_line() -> None:
     assert "0 of 13 convolutions" in done.stdout
     done = CliRunner().invoke(cli.app, [*command, "9.0"])
     assert done.exit_code == 2
-    assert done.stderr == "error: gpu: expected compute capability and number of SMs, as '8.0,108', got '9.0'\n"
+    assert done.stderr == "error: --gpu: expected compute capability and number of SMs, as '8.0,108', got '9.0'\n"
 
 
 # ---- fake tensors on a CUDA device -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,11 +116,15 @@ def explain(
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="The plan of a GPU of this compute capability and number of SMs, as 8.0,108. No GPU is needed."
+            help="The plan of a GPU of this compute capability and number of SMs, as 8.0,108. Needs a build with nvcc, but no GPU."
         ),
     ] = None,
     roofline: Annotated[
-        bool, typer.Option("--roofline", help="Predict each layer's time on a Hopper GPU from bytes and operations.")
+        bool,
+        typer.Option(
+            "--roofline",
+            help="Predict each layer's time on a Hopper GPU from bytes and operations. Needs a build with nvcc, but no GPU.",
+        ),
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the network into this file: PNG, PDF or SVG.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="With --plot: measure each layer's time here.")] = False,
@@ -138,13 +143,14 @@ def explain(
     )
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.zeros(batch, in_channels, size, size, device=place, dtype=DTYPES[dtype]).to(memory_format=layout)
+    asked_by = "--roofline" if roofline and gpu is None else "--gpu"
     if roofline:
         gpu = gpu or "9.0,132"
         switches.set_cuda_plan("sm90patch" if switches.cuda_plan() == "sm90patch" else "sm90")
     try:
         explanation = vggfast.explain(network, x, gpu=gpu)
-    except ValueError as error:  # gpu is not of its form
-        typer.echo(f"error: {error}", err=True)
+    except ValueError as error:  # gpu is not of its form, or the build has no kernels for any
+        typer.echo(f"error: {re.sub('^gpu:', f'{asked_by}:', str(error))}", err=True)
         raise typer.Exit(2) from None
     with errors_for_users():
         if measure and plot is None:

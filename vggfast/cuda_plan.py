@@ -15,6 +15,10 @@ import torch
 
 from vggfast import _C
 
+HOW_TO_BUILD = (
+    "Install anew from a checkout: pip install . brings nvcc on x86-64, in an environment of the build's own; elsewhere, or with "
+    "--no-build-isolation, have CUDA's nvcc on PATH or name its toolkit in CUDA_HOME"
+)
 NOT_PROVEN = "CUDA kernels have not been proven on a GPU yet: VGGFAST_CUDA_PLAN=sm80 or sm90 turns them on"
 _INT32 = 2**31 - 1 - 1024  # kernels count pixels up to a tile past the last
 _VECTOR = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}  # elements in 16 bytes

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vggfast import ops
-from vggfast.cuda_plan import Gpu, build_obstacle
+from vggfast.cuda_plan import HOW_TO_BUILD, Gpu, build_obstacle
 from vggfast.dispatch import switched_on
 from vggfast.fused import Executed, FusedSequential, observer
 from vggfast.runs import geometry_obstacle, operands
@@ -99,7 +99,7 @@ def explain(model: nn.Module, *inputs: Any, gpu: str | None = None) -> Explanati
     `FusedSequential` turn out to be called one by one, to find those.
 
     `gpu`, as in "8.0,108", asks for the kernels of a GPU of that compute capability and number of SMs, with
-    VGGFAST_CUDA_PLAN=sm80, or what else of Hopper's is set; the model still runs where it is, and no GPU is needed. In training mode the kernels of both
+    VGGFAST_CUDA_PLAN=sm80, or what else of Hopper's is set; the model still runs where it is, and no GPU is needed, but a build with nvcc is. In training mode the kernels of both
     gradients follow each convolution on a GPU.
 
     Raises ValueError where `gpu` is not of that form, or this build has no CUDA kernels; TypeError where `model` is not an `nn.Module`, or is a TorchScript one, whose layers cannot be watched; and
@@ -113,7 +113,7 @@ def explain(model: nn.Module, *inputs: Any, gpu: str | None = None) -> Explanati
         model = model.module
     target = None if gpu is None else Gpu.parse(gpu)
     if target is not None and (obstacle := build_obstacle()):
-        raise ValueError(f"gpu: {obstacle}")
+        raise ValueError(f"gpu: {obstacle}. {HOW_TO_BUILD}")
     inside = {id(child) for m in model.modules() if isinstance(m, FusedSequential) for child in m.children()}
     leaves = {id(m): m for m in model.modules() if isinstance(m, _OUTSIDE)}
     watched = [m for key, m in leaves.items() if key not in inside]
