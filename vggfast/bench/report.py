@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from vggfast.bench.contenders import VGGFAST
 from vggfast.bench.layers import VGG16_LAYERS
@@ -379,15 +378,3 @@ def splice(text: str, section: str, begin: str, end: str) -> str:
             raise ValueError(f"expected the line {marker!r} once, got it {text.count(marker)} times")
     head, rest = text.split(begin)
     return f"{head}{begin}\n{section.strip()}\n{end}{rest.split(end)[1]}"
-
-
-def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """For JSON and for people who compare runs."""
-    return {
-        "what": comparison.row.what,
-        "rival": comparison.rival,
-        "ratio": comparison.ratio._asdict(),
-        "ours": comparison.ours,
-        "theirs": comparison.theirs,
-        "our_error": comparison.our_error,
-    }
