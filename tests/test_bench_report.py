@@ -89,7 +89,7 @@ def test_every_row_is_there_with_the_fastest_rival(data):
         in section
     )
     assert "![Networks](networks.png)" in section
-    assert f"In none of the {len(report.comparisons(data))} comparisons measured." in section
+    assert f"On this machine in none of the {len(report.comparisons(data))} comparisons measured." in section
     assert "**Some CPU, 2 cores, 2 threads**, now: vggfast 0.1.0, torch 2.11, openvino 2026" in section
     assert "1.02× (1.02 to 1.02" in section
 
@@ -112,7 +112,7 @@ def test_where_vggfast_loses_is_said(data):
         ("conv4_1 forward fp32 batch 1", "torch NCHW", pytest.approx(0.5)),
     ]
     section = report.markdown(data, {})
-    assert f"In 2 of {len(report.comparisons(data))} comparisons" in section
+    assert f"On this machine in 2 of {len(report.comparisons(data))} comparisons" in section
     assert "- torch NCHW, forward fp32 batch 1: conv4_1 0.50×" in section
     assert "- torch NCHW, peak memory of training fp32 batch 8: vgg16 0.10×" in section
 
@@ -211,6 +211,21 @@ def test_other_machines_are_columns_of_one_table(data):
     of_gpu = lines[lines.index("| VGG16 | [Some GPU](far) |") :]
     assert [line for line in of_gpu if "×" in line] == ["| inference, bfloat16, batch 32 | 3.00× torch channels_last |"]
     assert elsewhere.tables([]) == ""
+    assert "vggfast loses" not in "".join(lines)
+
+
+def test_what_is_lost_on_other_machines_is_named_after_their_table(data):
+    other = copy.deepcopy(data)
+    other["device"]["cpu"] = "Another CPU"
+    of(other, "vgg16 inference fp32 batch 8", "openvino bf16")["rounds"] = [4e-3] * 3
+    of(other, "memory: vgg16 training fp32 batch 8", "torch channels_last")["peak_bytes"] = 450_000_000
+    lines = elsewhere.tables([(data, "here"), (other, "there")]).splitlines()
+    assert lines[-2:] == [
+        "",
+        "Of these comparisons vggfast loses inference, float32, batch 8, against bfloat16 (0.50× openvino bf16 on Another CPU, "
+        "2 cores, 2 threads); peak memory, float32 training, batch 8 (0.50× torch channels_last on Another CPU, 2 cores, "
+        "2 threads).",
+    ]
 
 
 def test_a_row_without_data_is_left_out(data):

@@ -23,8 +23,18 @@ def _table(devices: list[tuple[Json, str]]) -> Iterator[str]:
     yield ""
     yield "| VGG16 | " + " | ".join(f"[{place(data)}]({path})" for data, path in devices) + " |"
     yield "|---|" + "---|" * len(devices)
+    losses = []
     for row in rows(devices[0][0]):
         found = [compare(data, row) for data, _ in devices]
+        worse = [
+            f"{c.ratio.median:.2f}× {c.rival} on {place(data)}"
+            for c, (data, _) in zip(found, devices, strict=True)
+            if c and c.ratio.median < 1
+        ]
+        losses += [f"{row.what} ({'; '.join(worse)})"] if worse else []
         if any(found):
             yield f"| {row.what} | " + " | ".join(f"{c.ratio.median:.2f}× {c.rival}" if c else "" for c in found) + " |"
     yield "| measured | " + " | ".join(measured_with(data, ("vggfast", "torch")) for data, _ in devices) + " |"
+    if losses:
+        yield ""
+        yield f"Of these comparisons vggfast loses {'; '.join(losses)}."

@@ -348,9 +348,9 @@ def _range(values: list[float]) -> str:
 def _losses(data: Json) -> Iterator[str]:
     worse = losses(data)
     yield "**Where vggfast loses.** " + (
-        f"In {len(worse)} of {len(comparisons(data))} comparisons, here with the rival's time (or bytes) over vggfast's:"
+        f"On this machine in {len(worse)} of {len(comparisons(data))} comparisons, here with the rival's time (or bytes) over vggfast's:"
         if worse
-        else f"In none of the {len(comparisons(data))} comparisons measured."
+        else f"On this machine in none of the {len(comparisons(data))} comparisons measured."
     )
     if worse:
         yield ""
