@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vggfast import switches
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     page for name in ("train", "evaluate", "features", "numerics") if (page := ROOT / "docs" / f"{name}.md").exists()
@@ -102,3 +104,10 @@ def test_a_block_that_fails_is_noticed(tmp_path):
         )
         assert done.returncode != 0
         assert "all ran" not in done.stdout
+
+
+def test_the_table_of_switches_has_every_plan():
+    table = dict(
+        re.findall(r"^\| `(VGGFAST_\w+)` \|[^|]*\|([^|]*)\|$", (ROOT / "docs/numerics.md").read_text(), re.MULTILINE)
+    )
+    assert tuple(re.findall(r"`(\w+)`", table["VGGFAST_CUDA_PLAN"])) == switches.CUDA_PLANS
