@@ -235,6 +235,19 @@ def test_train_without_its_data_says_so(tmp_path):
     assert_one_message(missing, f"no data folder {tmp_path / 'nowhere'}", "expected 'digits'", "Check --data")
 
 
+def test_a_run_that_cannot_start_leaves_no_empty_folder(tiny, tmp_path):
+    missing = ("train", "--data", "digits", "--val", tmp_path / "nowhere")
+    assert_one_message(run(*missing, "--output", tmp_path / "runs" / "new"), "leave out --val")
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "note").touch()
+    for output in ("mine", "runs/new"):
+        assert_one_message(run(*missing, "--output", tmp_path / output), "leave out --val")
+    assert (tmp_path / "mine").is_dir()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["note"]
+
+
 def test_train_a_real_vgg(tmp_path):
     """The whole command, in a process of its own, on one of the paper's networks."""
     options = ("--data", "fake", "--model", "vgg11", "--limit", 8, "--batch-size", 4, "--threads", 1, "--epochs", 1)

@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +63,21 @@ def fit(
     device = local_device(choose_device(config.device))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with processes(device) as group:
+    with processes(device) as group, _no_empty_folder(Path(config.output)) if group.first else nullcontext():
         return _fit(config, device, group, resume, overwrite, model, listener or Listener())
+
+
+@contextmanager
+def _no_empty_folder(output: Path) -> Iterator[None]:
+    """Remove, after an exception, the folder and its parents where they were not there before and are still empty."""
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # it holds something, or was never made
+                folder.rmdir()
+        raise
 
 
 def _fit(
