@@ -354,6 +354,26 @@ def test_bench_of_layers_and_an_unknown_rival(data, monkeypatch):
     assert "got tensorflow" in done.stderr
 
 
+def test_bench_draws_any_network_and_says_where_there_is_nothing_to_draw(data, tmp_path, monkeypatch):
+    for group in data["groups"]:
+        group["id"] = group["id"].replace("vgg16", "vgg11")
+        group["case"]["subject"] = group["case"]["subject"].replace("vgg16", "vgg11")
+    monkeypatch.setattr(session, "run", lambda *arguments: data)
+    command = ["bench", "--model", "vgg11", "--device", "cpu", "--plot", str(tmp_path)]
+    done = CliRunner().invoke(cli.app, command)
+    assert f"VGG11, inference and training: {tmp_path}/networks.png" in done.stdout.replace("\n", "")
+    assert plots.networks(data).get_suptitle().startswith("VGG11, 224×224")
+    assert plots.memory(data).get_suptitle().startswith("VGG11's memory")
+    assert "no picture" not in done.stdout
+    data["groups"] = [results.group(data, "vgg11 inference fp32 batch 8")]
+    record = of(data, "vgg11 inference fp32 batch 8", "vggfast")
+    for name in ("seconds", "rounds"):
+        del record[name]
+    record["failed"] = "out of memory"
+    done = CliRunner().invoke(cli.app, command)
+    assert "no picture: vggfast has no result in vgg11 inference fp32 batch 8" in done.stdout.replace("\n", " ")
+
+
 def test_bench_fails_where_vggfast_is_wrong(data, monkeypatch):
     of(data, "vgg16 inference fp32 batch 8", "vggfast")["refused"] = "relative error 1"
     monkeypatch.setattr(session, "run", lambda *arguments: data)

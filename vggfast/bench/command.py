@@ -63,8 +63,12 @@ def bench(
     if json:
         results.save(data, json)
         console.print(f"{'data:':<16}{json}", highlight=False)
-    for title, path in (plots.draw_all(data, plot) if plot else {}).items():
+    drawn = plots.draw_all(data, plot) if plot else {}
+    for title, path in drawn.items():
         console.print(f"{title + ':':<16} {path}", highlight=False)
+    if plot and not drawn:
+        measured = ", ".join(group["id"] for group in data["groups"])
+        console.print(f"no picture: vggfast has no result in {measured}", style="yellow", highlight=False)
     return data
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vggfast.bench.cases import LOSSES
 from vggfast.bench.contenders import VGGFAST
-from vggfast.bench.layers import VGG16_LAYERS
+from vggfast.bench.layers import CONFIGS, VGG16_LAYERS
 from vggfast.bench.measure import CONTROL
 from vggfast.bench.results import Json, contender, digest
 
@@ -39,16 +39,24 @@ LOSS_PICTURES = {"Losses on VGG16's features": "losses"}
 
 
 def draw_all(data: Json, folder: Path) -> dict[str, Path]:
-    """Draw what ``data`` has into ``folder``; titles and files."""
+    """Draw what ``data`` has into ``folder``; titles and files. Of several networks it is VGG16's that are shown."""
     folder.mkdir(parents=True, exist_ok=True)
     drawing = {"networks": networks, "layers": layers, "roofline": roofline, "memory": memory, "losses": losses}
     paths = {}
     for title, name in (PICTURES | LOSS_PICTURES).items():
         figure = drawing[name](data)
         if figure is not None:
-            paths[title] = folder / f"{name}.png"
-            figure.savefig(paths[title], metadata={DIGEST: digest(data)})
+            path = folder / f"{name}.png"
+            figure.savefig(path, metadata={DIGEST: digest(data)})
+            paths[title.replace("VGG16", _network(data).upper())] = path
     return paths
+
+
+def _network(data: Json) -> str:
+    """The network that pictures are of: VGG16, which layers and losses are of too, or the only one that is there."""
+    subjects = [g["case"]["subject"] for g in data["groups"]]
+    others = [subject for subject in subjects if subject in CONFIGS]
+    return "vgg16" if "vgg16" in subjects or not others else str(others[0])
 
 
 def shown(path: Path) -> str:
@@ -89,8 +97,8 @@ def title_of(case: Json) -> str:
 
 
 def networks(data: Json) -> Figure | None:
-    """A panel for each group of VGG16's inference and training."""
-    return _panels(data, ("inference", "training"), "VGG16, 224×224")
+    """A panel for each group of the network's inference and training."""
+    return _panels(data, ("inference", "training"), f"{_network(data).upper()}, 224×224")
 
 
 def losses(data: Json) -> Figure | None:
@@ -99,9 +107,10 @@ def losses(data: Json) -> Figure | None:
 
 
 def _panels(data: Json, tasks: tuple[str, ...], title: str) -> Figure | None:
-    """A panel for each VGG16 group: a bar a contender, its 10th and 90th percentile as a whisker, the fastest on top."""
-    vgg16 = [g for g in data["groups"] if g["id"].startswith("vgg16 ") and g["case"]["task"] in tasks]
-    chosen = [g for g in vgg16 if "seconds" in (contender(g, OURS) or {})]
+    """A panel for each group of the network: a bar a contender, its 10th and 90th percentile as a whisker, the fastest on top."""
+    network = f"{_network(data)} "
+    of_tasks = [g for g in data["groups"] if g["id"].startswith(network) and g["case"]["task"] in tasks]
+    chosen = [g for g in of_tasks if "seconds" in (contender(g, OURS) or {})]
     if not chosen:
         return None
     chosen.sort(key=lambda g: (g["case"]["task"], g["case"]["dtype"] != "fp32", g["case"]["batch"]))
@@ -318,5 +327,5 @@ def memory(data: Json) -> Figure | None:
         "MB: light, the most a run takes beyond weights and inputs; dark, what autograd keeps for the backward pass",
         fontsize=8.5,
     )
-    figure.suptitle(f"VGG16's memory\n{_where(data)}", fontsize=10.5)
+    figure.suptitle(f"{_network(data).upper()}'s memory\n{_where(data)}", fontsize=10.5)
     return figure
