@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from vggfast.models import make_layers
-from vggfast.recipes import RecipeError, checkpoint
+from vggfast.recipes import RecipeError, checkpoint, curve
 from vggfast.recipes import data as datasets
 from vggfast.recipes.config import MODELS, TrainConfig
 from vggfast.recipes.schedule import learning_rate_factor
@@ -186,6 +187,21 @@ def test_a_tiny_model_learns_the_digits_and_leaves_its_files(tmp_path):
     with torch.no_grad():
         correct = sum((model.eval()(x).argmax(1) == y).sum().item() for x, y in data.test_batches())
     assert correct / data.test_size == result.test_accuracy
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5, 74])
+def test_the_curve_has_whole_epochs_and_room_around_its_points(tmp_path, monkeypatch, epochs):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    rows = [Epoch(n, 2.3 / n, 1.0, 2.2 / n, 1.0, 0.01, 1.0, 1.0, 0) for n in range(1, epochs + 1)]
+    curve.plot(rows, tmp_path / "curve.png", "a run")
+    for axes, top in zip(drawn[0].axes, (2.3, 100), strict=True):
+        ticks = axes.xaxis.get_major_locator()()
+        (low, high), shown = axes.get_xlim(), [tick for tick in ticks if 1 <= tick <= epochs]
+        assert shown
+        assert all(tick == int(tick) for tick in ticks)
+        assert low <= 0.5 < epochs + 0.5 <= high
+        assert axes.get_ylim() == pytest.approx((0, 1.05 * top))
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
