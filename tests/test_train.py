@@ -231,6 +231,34 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_zero():
     assert learning_rate_factor(0, 1) == 1
 
 
+def test_the_learning_rate_of_an_epoch_is_that_of_its_last_step(tmp_path):
+    rates = []
+
+    class Watch(Listener):
+        def step(self, trainer: Trainer, loss: float) -> None:
+            rates.append(trainer.schedule.learning_rate)  # of the step to come
+
+    rows = tiny_fit(tmp_path / "two", listener=Watch()).history  # 2 epochs of 3 steps
+    assert [row.learning_rate for row in rows] == [pytest.approx(rates[1]), pytest.approx(rates[4])]
+    (row,) = tiny_fit(tmp_path / "one", epochs=1).history
+    assert row.learning_rate == pytest.approx(0.05 * learning_rate_factor(2, 3))
+    assert row.learning_rate > 0.01
+    with pytest.raises(KeyboardInterrupt):  # stopped after the last step: there is none in the resumed run
+        tiny_fit(tmp_path / "half", epochs=1, save_every=3, listener=StopBeforeTests())
+    (resumed,) = tiny_fit(tmp_path / "half", epochs=1, resume=True).history
+    assert resumed.learning_rate == row.learning_rate
+
+
+class StopBeforeTests(Listener):
+    """Leaves by an exception when the last step of an epoch is saved."""
+
+    def start(self, trainer: Trainer) -> None:
+        def evaluate() -> None:
+            raise KeyboardInterrupt
+
+        trainer.evaluate = evaluate
+
+
 # ---- resuming ------------------------------------------------------------------------------------------------------
 
 

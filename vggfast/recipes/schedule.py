@@ -1,6 +1,7 @@
 """How the learning rate changes: along a cosine, step by step, or down by 10 when held-out accuracy stalls."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
@@ -26,7 +27,9 @@ class Schedule:
     """The scheduler that `config` asks for, told of every step and every epoch; one of the two moves it."""
 
     def __init__(self, optimizer: Optimizer, config: TrainConfig, steps_per_epoch: int) -> None:
-        self._optimizer = optimizer
+        total = config.epochs * steps_per_epoch
+        self._optimizer, self._peak = optimizer, config.lr
+        self._factor: Callable[[int], float] = lambda step: learning_rate_factor(step, total, config.warm_up)
         self._scheduler: LambdaLR | ReduceLROnPlateau
         if config.schedule == "plateau":
             self._scheduler = ReduceLROnPlateau(
@@ -40,12 +43,19 @@ class Schedule:
                 eps=config.lr * 1e-6,
             )
         else:
-            total = config.epochs * steps_per_epoch
-            self._scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, config.warm_up))
+            self._scheduler = LambdaLR(optimizer, self._factor)
 
     @property
     def learning_rate(self) -> float:
+        """Of the next step."""
         return float(self._optimizer.param_groups[0]["lr"])
+
+    @property
+    def last_learning_rate(self) -> float:
+        """Of the last step, even if that was made before the run was resumed."""
+        if not isinstance(self._scheduler, LambdaLR):
+            return self.learning_rate  # it changes after the epoch's last step
+        return self._peak * self._factor(self._scheduler.last_epoch - 1)
 
     def step(self) -> None:
         """The optimiser made a step."""

@@ -29,7 +29,7 @@ class TensorBoard(Listener):
 
     def step(self, trainer: Trainer, loss: float) -> None:
         step = trainer.epoch * trainer.steps_per_epoch + trainer.step
-        self._write(step, {"step/loss": loss, "step/learning_rate": trainer.schedule.learning_rate})
+        self._write(step, {"step/loss": loss, "step/learning_rate": trainer.schedule.last_learning_rate})
         self._following.step(trainer, loss)
 
     def epoch(self, trainer: Trainer, row: Epoch) -> None:

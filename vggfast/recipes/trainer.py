@@ -36,7 +36,7 @@ class Epoch:
     train_accuracy: float
     test_loss: float
     test_accuracy: float
-    learning_rate: float  # at the end of the epoch
+    learning_rate: float  # of the epoch's last step
     images_per_s: float  # of the training part, all processes
     seconds: float  # training and testing, in the process that finished the epoch
     unreadable: int  # images, for training and held out, that were skipped
@@ -126,7 +126,7 @@ class Trainer:
             train_accuracy=correct / images,
             test_loss=test_loss,
             test_accuracy=test_accuracy,
-            learning_rate=self.schedule.learning_rate,
+            learning_rate=self.schedule.last_learning_rate,
             images_per_s=(images - images_before) / (trained - started),
             seconds=time.perf_counter() - started,
             unreadable=round(skipped) + test_skipped,
