@@ -62,6 +62,11 @@ def test_what_a_help_has_in_brackets_is_shown(command, text):
     assert text in run(command, "--help").stdout
 
 
+def test_the_help_of_train_says_what_its_options_apply_to():
+    shown = " ".join(re.sub("[│\n]", " ", run("train", "--help").stdout).split())
+    assert "at most so many images of each part" in shown
+
+
 # ---- info ----------------------------------------------------------------------------------------------------------
 
 

@@ -266,7 +266,9 @@ def train(
     scale: Annotated[
         str | None, typer.Option(help="Shorter edge that the paper's recipe crops from: 256, or 256-512.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many images.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use at most so many images of each part, training and held out.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     amp: Annotated[AmpName | None, typer.Option(help="Mixed precision.")] = None,
