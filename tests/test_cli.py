@@ -65,6 +65,7 @@ def test_what_a_help_has_in_brackets_is_shown(command, text):
 def test_the_help_of_train_says_what_its_options_apply_to():
     shown = " ".join(re.sub("[│\n]", " ", run("train", "--help").stdout).split())
     assert "at most so many images of each part" in shown
+    assert "digits, mnist and fake keep their model, size and augmentation" in shown
 
 
 # ---- info ----------------------------------------------------------------------------------------------------------

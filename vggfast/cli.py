@@ -246,7 +246,11 @@ def train(
     output: Annotated[Path | None, typer.Option(help="Folder for the results.  \\[default: runs/<data>]")] = None,
     val: Annotated[str | None, typer.Option(help="Folder or shards of held-out images, if not in --data.")] = None,
     preset: Annotated[
-        PresetName | None, typer.Option("--recipe", help="Of folders and shards: the paper's (default), or today's.")
+        PresetName | None,
+        typer.Option(
+            "--recipe",
+            help="The paper's, the default of folders and shards, or today's. digits, mnist and fake keep their model, size and augmentation with either.",
+        ),
     ] = None,
     model: Annotated[ModelName | None, typer.Option(help="The model.")] = None,
     warm_start: Annotated[
