@@ -156,6 +156,10 @@ def test_rivals_by_case():
     assert names(Case("vgg16", "inference", 1), ["openvino", "ncnn"]) == ["openvino", "ncnn"]
     with pytest.raises(BenchError, match=r"expected some of torch, .* got tensorflow"):
         contenders.rivals(gpu, ["tensorflow"])
+    with pytest.raises(
+        BenchError, match="expected some of torch, compile for vgg16 training fp32 batch 8 on cpu, got foo"
+    ):
+        contenders.rivals(Case("vgg16", "training", 8), ["torch", "foo"])
 
 
 def test_a_comparison_has_its_control_and_half_precision_beside_float32():

@@ -7,7 +7,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from vggfast.bench import contenders, plots, results, session, tables
+from vggfast.bench import plots, results, session, tables
 from vggfast.bench.cases import LAYER_TASKS, Case, Task
 from vggfast.bench.layers import VGG16_LAYERS
 from vggfast.bench.measure import Effort, Group, compare
@@ -70,7 +70,3 @@ def bench(
         measured = ", ".join(group["id"] for group in data["groups"])
         console.print(f"no picture: vggfast has no result in {measured}", style="yellow", highlight=False)
     return data
-
-
-def families() -> str:
-    return ", ".join(contenders.families())

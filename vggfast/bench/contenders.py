@@ -183,7 +183,10 @@ def rivals(case: Case, against: list[str] | None = None) -> list[Contender]:
     """
     unknown = sorted(set(against or []) - set(families()))
     if unknown:
-        raise BenchError(f"against: expected some of {', '.join(families())}, got {', '.join(unknown)}")
+        suited = dict.fromkeys(c.family for c in CONTENDERS if c.family != "vggfast" and c.takes(case))
+        raise BenchError(
+            f"against: expected some of {', '.join(suited)} for {case.id} on {case.device}, got {', '.join(unknown)}"
+        )
     return [
         contender
         for contender in CONTENDERS
