@@ -101,9 +101,20 @@ def test_on_the_command_line(tmp_path: Path, drawn: list[Figure], monkeypatch: p
         assert "leave one of them out" in invoke(cli.app, [*base, str(tmp_path / "x.png"), *gpu, "--measure"]).output
     for arguments, message in (
         ([*base, str(tmp_path / "net.xyz")], "--plot: "),
-        ([*base, str(tmp_path / "no" / "net.png")], "--plot: "),
         (["explain", "vgg11", "--size", "32", "--measure"], "--measure: expected --plot FILE"),
     ):
         result = invoke(cli.app, arguments)
         assert result.exit_code == 2
         assert f"error: {message}" in result.output
+
+
+def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.vggfast, "explain", lambda *_, **__: pytest.fail("explained"))
+    (tmp_path / "file").touch()
+    for folder, wrong in (("no", "does not exist"), ("file", "is no folder")):
+        command = ["explain", "vgg11", "--plot", str(tmp_path / folder / "net.png"), "--measure"]
+        result = CliRunner().invoke(cli.app, command)
+        assert result.exit_code == 2
+        assert f"error: --plot: expected a file in a folder that is there, {tmp_path / folder} {wrong}" in result.output

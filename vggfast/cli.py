@@ -138,6 +138,7 @@ def explain(
         name = f"{model}_bn" if batch_norm and not model.endswith("_bn") else model
         if name not in MODELS:
             raise RecipeError(f"{model} has no variant with BatchNorm: expected one of {', '.join(MODELS)}")
+        _check_plot(plot, measure)
     network = (
         getattr(vggfast.models, name)(in_channels=in_channels, init_weights=False).to(place, DTYPES[dtype]).train(train)
     )
@@ -153,8 +154,6 @@ def explain(
         typer.echo(f"error: {re.sub('^gpu:', f'{asked_by}:', str(error))}", err=True)
         raise typer.Exit(2) from None
     with errors_for_users():
-        if measure and plot is None:
-            raise RecipeError("--measure: expected --plot FILE beside it; the times are drawn")
         if plot is not None:
             title = f"{name}, {batch} × {in_channels} × {size} × {size}, {dtype}"
             _draw(explanation, plot, title, (network, x) if measure else None)
@@ -162,6 +161,17 @@ def explain(
         _print_roofline(explanation, as_json)
         return
     typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
+
+
+def _check_plot(plot: Path | None, measure: bool) -> None:
+    """Before anything is measured: what is known to end without a picture."""
+    if measure and plot is None:
+        raise RecipeError("--measure: expected --plot FILE beside it; the times are drawn")
+    if plot is not None and not plot.parent.is_dir():
+        wrong = "is no folder" if plot.parent.exists() else "does not exist"
+        raise RecipeError(
+            f"--plot: expected a file in a folder that is there, {plot.parent} {wrong}. Make it, or choose another"
+        )
 
 
 def _draw(explanation: vggfast.Explanation, path: Path, title: str, measured: tuple[Any, torch.Tensor] | None) -> None:
