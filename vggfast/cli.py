@@ -245,55 +245,63 @@ def bench(
         raise typer.Exit(1)
 
 
+TrainDataOption = Annotated[
+    str | None,
+    typer.Option(
+        help="digits, mnist, fake, a folder with train/<class>/ and val/<class>/, or shards: 'x-{000..003}.tar'."
+    ),
+]
+RecipeOption = Annotated[
+    PresetName | None,
+    typer.Option(
+        "--recipe",
+        help="The paper's, the default of folders and shards, or today's. digits, mnist and fake keep their model, size and augmentation with either.",
+    ),
+]
+WarmStartOption = Annotated[
+    str | None,
+    typer.Option(help="Checkpoint of a vgg11 whose first four convolutions and FC layers to start from."),
+]
+GradientCheckpointingOption = Annotated[
+    bool | None, typer.Option("--gradient-checkpointing", help="Save memory: compute activations twice.")
+]
+CropScaleOption = Annotated[
+    str | None, typer.Option(help="Shorter edge that the paper's recipe crops from: 256, or 256-512.")
+]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, help="Use at most so many images of each part, training and held out.")
+]
+SaveEveryOption = Annotated[
+    int | None, typer.Option(min=1, help="Write a checkpoint every so many steps too, not only after each epoch.")
+]
+TensorBoardOption = Annotated[bool | None, typer.Option("--tensorboard", help="Write metrics for TensorBoard, too.")]
+
+
 @app.command()
 def train(
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="digits, mnist, fake, a folder with train/<class>/ and val/<class>/, or shards: 'x-{000..003}.tar'."
-        ),
-    ] = None,
+    data: TrainDataOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results.  \\[default: runs/<data>]")] = None,
     val: Annotated[str | None, typer.Option(help="Folder or shards of held-out images, if not in --data.")] = None,
-    preset: Annotated[
-        PresetName | None,
-        typer.Option(
-            "--recipe",
-            help="The paper's, the default of folders and shards, or today's. digits, mnist and fake keep their model, size and augmentation with either.",
-        ),
-    ] = None,
+    preset: RecipeOption = None,
     model: Annotated[ModelName | None, typer.Option(help="The model.")] = None,
-    warm_start: Annotated[
-        str | None,
-        typer.Option(help="Checkpoint of a vgg11 whose first four convolutions and FC layers to start from."),
-    ] = None,
+    warm_start: WarmStartOption = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step, of all processes.")] = None,
     accumulate: Annotated[int | None, typer.Option(min=1, help="Pieces to cut a step into, to save memory.")] = None,
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Save memory: compute activations twice.")
-    ] = None,
+    gradient_checkpointing: GradientCheckpointingOption = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate at its peak.")] = None,
     weight_decay: Annotated[float | None, typer.Option(min=0, help="L2 penalty.")] = None,
     ema: Annotated[float | None, typer.Option(min=0, help="Decay of an average of the weights; 0: none.")] = None,
     size: Annotated[int | None, typer.Option(min=32, help="Height and width of the images.")] = None,
-    scale: Annotated[
-        str | None, typer.Option(help="Shorter edge that the paper's recipe crops from: 256, or 256-512.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Use at most so many images of each part, training and held out.")
-    ] = None,
+    scale: CropScaleOption = None,
+    limit: LimitOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     amp: Annotated[AmpName | None, typer.Option(help="Mixed precision.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images.")] = None,
-    save_every: Annotated[
-        int | None, typer.Option(min=1, help="Write a checkpoint every so many steps too, not only after each epoch.")
-    ] = None,
-    tensorboard: Annotated[
-        bool | None, typer.Option("--tensorboard", help="Write metrics for TensorBoard, too.")
-    ] = None,
+    save_every: SaveEveryOption = None,
+    tensorboard: TensorBoardOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
 ) -> None:
