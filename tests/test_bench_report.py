@@ -352,6 +352,10 @@ def test_bench_of_layers_and_an_unknown_rival(data, monkeypatch):
     done = CliRunner().invoke(cli.app, ["bench", "--against", "tensorflow", "--device", "cpu"])
     assert done.exit_code == 2
     assert "got tensorflow" in done.stderr
+    done = CliRunner().invoke(cli.app, ["bench", "--train", "--against", "onnxruntime", "--device", "cpu"])
+    assert done.exit_code == 2  # it does not train, and nobody else was asked for
+    assert "expected some of torch" in done.stderr
+    assert "got onnxruntime" in done.stderr
 
 
 def test_bench_draws_any_network_and_says_where_there_is_nothing_to_draw(data, tmp_path, monkeypatch):

@@ -214,6 +214,11 @@ def test_the_bias_gradient_of_a_long_row(isa: str, algo: str) -> None:
     assert float((bias.double() - exact).norm() / exact.norm()) < 2e-7
 
 
+def test_the_plan_of_a_direct_filter_gradient_names_no_bands() -> None:
+    plan = _C.cpu_plan("grad_weight", 1, 3, 64, 224, 224)
+    assert plan == "direct: fewer than 16 channels do not share the transforms"
+
+
 def test_sums_are_fused_for_any_number_of_threads_that_find_work(isa: str) -> None:
     """Numbers that divide no number of ranges leave some waiting; only more threads than there are ranges share V and Z."""
     for threads in range(1, 33):

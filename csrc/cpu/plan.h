@@ -36,7 +36,7 @@ struct Plan {
   Schedule schedule;
   int64_t tiles, depth;
   int64_t groups; // grad_weight: parts of the tiles whose sums are kept apart; depends on the problem alone, and so do bits
-  // Direct and AMX: output rows a thread takes at once.
+  // Direct and AMX: output rows a thread takes at once; 0 in grad_weight.
   int64_t band;
   const char* reason;
   int64_t splits = 1; // outputs-split, forward's points-split, AMX: ranges of output channels; chunks-split: parts of the tiles
@@ -54,7 +54,8 @@ inline std::string to_string(const Edges& e) {
 }
 
 inline std::string to_string(const Plan& p) {
-  if (p.algorithm == Algorithm::direct) return "direct, bands of " + std::to_string(p.band) + " rows: " + p.reason;
+  if (p.algorithm == Algorithm::direct)
+    return "direct" + (p.band > 0 ? ", bands of " + std::to_string(p.band) + " rows: " : ": ") + p.reason;
   if (p.algorithm == Algorithm::amx && p.schedule == Schedule::outputs_split)
     return "direct on AMX tiles, chunks of " + std::to_string(p.tiles) + " rows: " + p.reason;
   if (p.algorithm == Algorithm::amx)
@@ -267,7 +268,7 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
   const char* direct = wanted == Algorithm::direct     ? "asked for"
                        : wanted == Algorithm::winograd ? nullptr
                                                        : why_direct(n, in, out, h, w);
-  if (direct) return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, 1, direct};
+  if (direct) return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, 0, direct};
   const int64_t tiles = tile_grid(n, h, w).count(), blocks = ceil_div(out, m.block);
   const int64_t tile_bytes = 36 * 4 * (points_row(in, m) + points_row(out, m)), s_bytes = 36 * 4 * in * round_up(out, m.block);
   // Each chunk passes V and Z through L3 once, and S once: neither should cost much more than the other. A last chunk of few tiles

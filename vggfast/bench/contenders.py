@@ -179,13 +179,14 @@ def families() -> list[str]:
 def rivals(case: Case, against: list[str] | None = None) -> list[Contender]:
     """Everybody but vggfast that computes ``case``, whether installed or not; ``against`` selects families.
 
-    Raises BenchError for a family that does not exist.
+    Raises BenchError for a family that does not exist, and where none of those selected computes the case.
     """
-    unknown = sorted(set(against or []) - set(families()))
-    if unknown:
-        suited = dict.fromkeys(c.family for c in CONTENDERS if c.family != "vggfast" and c.takes(case))
+    suited = dict.fromkeys(c.family for c in CONTENDERS if c.family != "vggfast" and c.takes(case))
+    unknown = set(against or []) - set(families())
+    if unknown or (against and not set(against) & set(suited)):
         raise BenchError(
-            f"against: expected some of {', '.join(suited)} for {case.id} on {case.device}, got {', '.join(unknown)}"
+            f"against: expected some of {', '.join(suited)} for {case.id} on {case.device}, "
+            f"got {', '.join(sorted(unknown or against or []))}"
         )
     return [
         contender
