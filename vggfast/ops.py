@@ -279,9 +279,8 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.needs = needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     ctx.weight_dtype, ctx.weight_shape, ctx.late = weight.dtype, weight.shape, late_gradients.node_of(weight)
     saved_x = x if needs_weight or needs_bias else None
-    weight = (
-        late_gradients.leaf(weight) if ctx.late is not None else weight
-    )  # or its gradient might get a second part, to add
+    if ctx.late is not None:
+        weight = late_gradients.leaf(weight)  # or its gradient might get a second part, to add
     ctx.save_for_backward(saved_x, weight if needs_x else None, output if relu else None)
 
 
@@ -298,11 +297,12 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = _ops.linear_grad_input(grad, weight, y)
     if needs_weight or needs_bias:
         make = partial(_ops.linear_grad_weight, x, grad, y, ctx.weight_dtype == torch.float32)
-        grad_weight, grad_bias = (
-            make()
-            if ctx.late is None
-            else late_gradients.placeholders(ctx.late, grad, ctx.weight_shape, ctx.weight_dtype, make)
-        )
+        if ctx.late is None:
+            grad_weight, grad_bias = make()
+        else:
+            grad_weight, grad_bias = late_gradients.placeholders(
+                ctx.late, grad, ctx.weight_shape, ctx.weight_dtype, make
+            )
     return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None
 
 
