@@ -1,0 +1,84 @@
+"""FusedSequential gives the values, gradients and strides of nn.Sequential, in every layout."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from network_reference import check_network, error
+from reference import LAYOUTS, WINOGRAD_BOUND, normal
+from test_fused import CHANNELS_LAST, _one_thread, batch_norm, block, conv, pair  # noqa: F401 (the fixture is every test's)
+from torch import Tensor, nn
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced rows and columns"])
+def test_every_prefix_and_every_gradient(training: bool, layout: str) -> None:
+    fused, plain = pair(*block(), batch_norm(4), nn.ReLU(inplace=True))
+    for network in (fused, plain):
+        network.train(training)[7].eval()
+    check_network(fused, plain, LAYOUTS[layout](normal(4, 3, 11, 10)))
+
+
+def test_statistics_that_require_gradients_are_refused_as_torch_refuses_them() -> None:
+    for network in pair(conv(), batch_norm().eval()):
+        network[1].running_var.requires_grad_()
+        with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'running_var'"):
+            network(normal(1, 4, 8, 8))
+
+
+def test_statistics_of_batch_norm_in_training() -> None:
+    fused, plain = pair(*block())
+    for seed in range(3):
+        for network in (fused, plain):
+            network(normal(4, 3, 11, 10, seed=seed))
+    for (name, ours), torchs in zip(fused.named_buffers(), plain.buffers(), strict=True):
+        assert error(ours, torchs.double()) <= 4 * WINOGRAD_BOUND, name
+
+
+CORNERS = [
+    (1, 1, 1, 1),
+    (2, 1, 1, 1),
+    (1, 3, 1, 1),
+    (2, 3, 1, 1),
+    (2, 1, 2, 2),
+    (1, 1, 5, 4),
+    (2, 3, 5, 4),
+    (2, 3, 2, 1),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weight_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("wide", [1, 3])
+def test_strides_are_torchs(layout: str, weight_format: str, wide: int) -> None:
+    """On sizes of 1 the strides fit several formats, and what later layers return depends on which one it is."""
+    chains = {
+        "conv": lambda c: [conv(c, wide)],
+        "ReLU": lambda c: [conv(c, wide), nn.ReLU(), conv(wide, 3)],
+        "ReLU in place": lambda c: [conv(c, wide), nn.ReLU(inplace=True), conv(wide, 1)],
+        "BatchNorm": lambda c: [conv(c, wide), batch_norm(wide), nn.ReLU(inplace=True), conv(wide, 3)],
+        "BatchNorm in eval": lambda c: [conv(c, wide), batch_norm(wide).eval(), conv(wide, 3)],
+        "tail": lambda c: [conv(c, wide), nn.ReLU(), nn.Identity(), nn.ReLU(), nn.MaxPool2d(3, 1, 1), conv(wide, 1)],
+    }
+    for shape, (name, layers) in itertools.product(CORNERS, chains.items()):
+        if name == "BatchNorm" and shape[0] * shape[2] * shape[3] == 1:
+            continue  # torch refuses to normalise one value in training mode
+        fused, plain = pair(*layers(shape[1]))
+        if weight_format == "channels_last":
+            fused, plain = fused.to(memory_format=CHANNELS_LAST), plain.to(memory_format=CHANNELS_LAST)
+        x = LAYOUTS[layout](normal(*shape))
+        for k in range(1, len(plain) + 1):
+            assert fused[:k](x).stride() == plain[:k](x).stride(), (name, shape, k)
+
+
+def test_what_a_child_or_a_hook_sees_has_torchs_strides() -> None:
+    class View(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(x.shape[0], -1)
+
+    fused, _ = pair(conv(), nn.ReLU(), conv(), nn.ReLU(), View())
+    flat = []
+    fused[3].register_forward_hook(lambda module, inputs, output: flat.append((inputs[0].view(-1), output.view(-1))))
+    fused(normal(2, 4, 8, 8))
+    assert len(flat) == 1

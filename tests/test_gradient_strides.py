@@ -1,0 +1,60 @@
+"""Gradients have the strides that torch's have: those that autograd.grad returns, those that hooks see, and those of leaves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_fused_container import _one_thread, image, pair  # noqa: F401 (the fixture is every test's)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        torch.contiguous_format,
+        pytest.param(torch.channels_last, marks=pytest.mark.xfail(reason="gradients of weights are contiguous")),
+    ],
+)
+def test_gradients_have_the_strides_of_torchs(layout: torch.memory_format) -> None:
+    """`grad.view(n, -1)` is written for inputs that are contiguous."""
+    fused, plain = pair()
+    strides = []
+    for network in (fused, plain):
+        network.to(memory_format=layout)
+        x = image().to(memory_format=layout).requires_grad_()
+        gradients = torch.autograd.grad(network(x).sum(), [x, *network.parameters()])
+        strides.append([g.stride() for g in gradients])
+    assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("first", [0, 2, 5])
+def test_the_gradient_of_an_image_or_a_feature_map_has_the_strides_of_torchs(
+    layout: torch.memory_format, weights: torch.memory_format, first: int
+) -> None:
+    """By autograd.grad, and as a hook sees it: what attacks and class activation maps take apart with `view`."""
+    strides = []
+    for network in pair():
+        network.to(memory_format=weights)
+        x = network[:first](image()).detach().to(memory_format=layout, copy=True).requires_grad_()
+        seen: list[torch.Tensor] = []
+        x.register_hook(seen.append)
+        y = network[first:](x).sum()
+        y.backward(retain_graph=True)
+        strides.append([g.stride() for g in (*torch.autograd.grad(y, x), *seen)])
+    assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_accumulated_gradients_have_the_strides_of_torchs(
+    layout: torch.memory_format, weights: torch.memory_format
+) -> None:
+    fused, plain = pair()
+    strides = []
+    for network in (fused, plain):
+        network.to(memory_format=weights)
+        x = image().to(memory_format=layout).requires_grad_()
+        network(x).sum().backward()
+        strides.append([t.grad.stride() for t in (x, *network.parameters())])
+    assert strides[0] == strides[1]
