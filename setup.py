@@ -123,7 +123,7 @@ def link_flags(nvcc: Path | None) -> list[str]:
         root = toolkit(nvcc)
         folders = [
             f"-L{folder}"
-            for folder in (root / "lib", root / "lib64", root / "targets/x86_64-linux/lib")
+            for folder in (root / "lib", root / "lib64", *root.glob("targets/*-linux/lib"))
             if folder.is_dir()
         ]
         libraries += [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]

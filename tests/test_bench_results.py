@@ -47,6 +47,18 @@ def test_the_name_of_a_processor(vendor, family, model, flags, name, expected):
 
 
 @pytest.mark.parametrize(
+    ("implementer", "part", "expected"),
+    [
+        ("0x41", "0xd40", "Arm Neoverse V1"),
+        ("0x41", "0xfff", "Arm part 0xfff of implementer 0x41"),
+        ("0xc0", "0xd40", "Arm part 0xd40 of implementer 0xc0"),
+    ],
+)
+def test_the_name_of_an_arm_processor(implementer, part, expected):
+    assert machine.cpu_name({"BogoMIPS": "243.75", "CPU implementer": implementer, "CPU part": part}) == expected
+
+
+@pytest.mark.parametrize(
     ("flags", "folder"), [("avx2 avx512f", "amd-epyc-zen4-2core"), ("avx2", "amd-epyc-zen4-without-avx-512-2core")]
 )
 def test_the_folder_of_this_machine(monkeypatch, flags, folder):

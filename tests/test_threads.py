@@ -15,7 +15,7 @@ from reference import assert_same_bits, normal, problem
 from vggfast import _C, ops
 from vggfast.bench.layers import VGG16_LAYERS, Layer
 
-BLOCKS = {"baseline": 8, "avx2": 16, "avx512": 32, "amx_emulated": 32}  # output channels of a micro-kernel
+BLOCKS = {"baseline": 8, "neon": 16, "avx2": 16, "avx512": 32, "amx_emulated": 32}  # output channels of a micro-kernel
 
 
 def jobs(plan: str, block: int, layer: Layer, batch: int) -> int:

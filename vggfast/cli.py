@@ -69,7 +69,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
 def collect_info() -> dict[str, Any]:
     """What `info` shows, ready for JSON: versions, the build, the CPU kernels in use, GPUs."""
     build = dict(_C.build_info())
-    forced = os.environ.get("VGGFAST_CPU_ISA", "auto") not in ("", "auto")
+    forced = "" if os.environ.get("VGGFAST_CPU_ISA") in (None, "", "auto") else "forced by VGGFAST_CPU_ISA"
     devices = [
         f"{torch.cuda.get_device_name(index)}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(index)))}"
         for index in range(torch.cuda.device_count())
@@ -84,7 +84,7 @@ def collect_info() -> dict[str, Any]:
         "cuda_plan_reason": _cuda_plan_reason(),
         **{f"built_with_{name}": str(value) for name, value in build.items()},
         "cpu_isa": switches.cpu_isa(),
-        "cpu_isa_reason": "forced by VGGFAST_CPU_ISA" if forced else "the widest of those this CPU runs",
+        "cpu_isa_reason": forced or switches.why_not_cpu() or "the widest of those this CPU runs",
         "cpu_isas": list(switches.cpu_isas()),
         "conv_algo": switches.conv_algo(),
         "conv_algo_reason": "VGGFAST_CONV_ALGO" if os.environ.get("VGGFAST_CONV_ALGO") else "the default",

@@ -35,16 +35,18 @@ def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def why_not_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, pool: bool) -> str:
     """Why no fused kernel takes this call; empty if one does."""
-    reason = _why_not_operands(x, weight, bias, pool)
-    if reason or x.device.type == "cpu":
+    if reason := _why_not_operands(x, weight, bias, pool):
         return reason
+    if x.device.type == "cpu":
+        return switches.why_not_cpu()
     return why_not_cuda("forward", _conv_problem(x, weight, pool), x.device)
 
 
 def why_not_max_pool2x2(x: Tensor) -> str:
-    reason = _why_not_pooled(x)
-    if reason or x.device.type == "cpu":
+    if reason := _why_not_pooled(x):
         return reason
+    if x.device.type == "cpu":
+        return switches.why_not_cpu()
     return why_not_cuda("max_pool", _pool_problem(x), x.device)
 
 
@@ -53,6 +55,8 @@ def why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if any(t.device.type != "cpu" or t.layout != torch.strided for t in tensors):
         return "no kernel for other devices than CPUs, nor for other layouts"
+    if reason := switches.why_not_cpu():
+        return reason
     if compute_dtype(x) not in _DTYPES:
         return f"no kernel for {x.dtype}"
     if any(compute_dtype(t) != compute_dtype(x) for t in tensors):
@@ -89,6 +93,8 @@ def decide_conv3x3(
         return Decision(False, "aten", reason)
     if gpu is not None or x.device.type == "cuda":
         return _decide_cuda(step, _conv_problem(x, weight, pool), x.device, gpu)
+    if reason := switches.why_not_cpu():
+        return Decision(False, "aten", reason)
     n, c_in, h, w = x.shape
     dtype = str(compute_dtype(x)).removeprefix("torch.")
     plan, _, why = _C.cpu_plan(step, n, c_in, weight.shape[0], h, w, dtype).partition(": ")
@@ -101,6 +107,8 @@ def decide_max_pool2x2(x: Tensor, gpu: Gpu | None = None) -> Decision:
         return Decision(False, "aten", reason)
     if gpu is not None or x.device.type == "cuda":
         return _decide_cuda("max_pool", _pool_problem(x), x.device, gpu)
+    if reason := switches.why_not_cpu():
+        return Decision(False, "aten", reason)
     return Decision(True, f"cpu {_C.cpu_isa()} max_pool2x2", "2-bit argmax")
 
 

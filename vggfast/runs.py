@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
 
-from vggfast import dispatch
+from vggfast import dispatch, switches
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
@@ -161,7 +161,7 @@ def _input_obstacle(x: Any) -> str:
         return "input is not float32, bfloat16 or float16"
     if x.device.type not in _DEVICES:
         return "input is not on a CPU or CUDA device"
-    return ""
+    return switches.why_not_cpu() if x.device.type == "cpu" else ""
 
 
 def _operand_obstacle(weight: Tensor, bias: Tensor | None, x: Tensor) -> str:

@@ -2,7 +2,7 @@
 
 | switch | environment | values |
 |---|---|---|
-| `cpu_isa` | `VGGFAST_CPU_ISA` | `auto` (the widest this CPU runs) or one of `cpu_isas()` |
+| `cpu_isa` | `VGGFAST_CPU_ISA` | `auto`, `aten` (torch's own operators) or one of `cpu_isas()` |
 | `conv_algo` | `VGGFAST_CONV_ALGO` | `auto`, `winograd`, `direct`: the algorithm on a CPU |
 | `cuda_plan` | `VGGFAST_CUDA_PLAN` | `aten` (the default), `sm80`, `sm90`, `sm90patch`: the kernels on CUDA devices |
 
@@ -11,6 +11,7 @@ for such a value in the environment.
 """
 
 import os
+import platform
 
 from vggfast import _C
 
@@ -27,6 +28,16 @@ __all__ = [
 
 CUDA_PLANS = ("aten", "sm80", "sm90", "sm90patch")
 _cuda_plan = os.environ.get("VGGFAST_CUDA_PLAN") or "aten"
+
+# What "auto" means for the CPU: kernels that no machine of its architecture has timed are off until they are asked for.
+_AUTO_IS_ATEN = platform.machine() not in ("x86_64", "AMD64")
+
+
+def _is_aten(cpu_isa: str) -> bool:
+    return cpu_isa == "aten" or (cpu_isa == "auto" and _AUTO_IS_ATEN)
+
+
+_cpu_aten = _is_aten(os.environ.get("VGGFAST_CPU_ISA") or "auto")
 
 
 def cuda_plan() -> str:
@@ -62,8 +73,9 @@ def set_conv_algo(name: str) -> None:
 
 
 def cpu_isa() -> str:
-    """The instruction set in use on the CPU."""
-    return str(_C.cpu_isa())
+    """The instruction set of the kernels in use on the CPU; "aten" for torch's own operators."""
+    isa = str(_C.cpu_isa())  # first, so that a wrong value in the environment is noticed
+    return "aten" if _cpu_aten else isa
 
 
 def cpu_isas() -> tuple[str, ...]:
@@ -72,5 +84,18 @@ def cpu_isas() -> tuple[str, ...]:
 
 
 def set_cpu_isa(name: str) -> None:
-    """Use the instruction set of that name, or with "auto" the widest."""
+    """Use the instruction set of that name, with "aten" torch's own operators, and with "auto" the widest instruction set, or on
+    other architectures than x86-64, where nobody has timed the kernels yet, "aten".
+    """
+    global _cpu_aten
     _C.set_cpu_isa(name)
+    _cpu_aten = _is_aten(name)
+
+
+def why_not_cpu() -> str:
+    """Why torch's own operators run on the CPU; empty if this library's kernels do."""
+    if not _cpu_aten:
+        return ""
+    if _AUTO_IS_ATEN:
+        return "no machine of this architecture has timed the kernels yet, so they are off: VGGFAST_CPU_ISA=neon turns them on"
+    return "torch's own operators are asked for: VGGFAST_CPU_ISA=aten"

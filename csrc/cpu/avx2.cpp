@@ -1,24 +1,26 @@
 // AVX2 + FMA + F16C: 16 registers hold 6 x 2 accumulators, 2 columns and a broadcast.
-#include <immintrin.h>
+#if defined(__x86_64__)
+#  include <immintrin.h>
 
-#include <cstring>
-#include <type_traits>
+#  include <cstring>
+#  include <type_traits>
 
-#include "cpu/dtypes.h"
-#include "cpu/kernels.h"
+#  include "cpu/dtypes.h"
+#  include "cpu/kernels.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#  pragma GCC push_options
+#  pragma GCC target("avx2,fma,f16c")
 namespace vggfast::cpu::avx2 {
 static constexpr int kRows = 6, kVecs = 2;
 static constexpr int kSteps = 4; // of depth at once in Winograd: 12 products leave little room for a loop's own instructions
-#define VGGFAST_ISA_NAME "avx2"
-#include "cpu/vec_avx2.h"
+#  define VGGFAST_ISA_NAME "avx2"
+#  include "cpu/vec_avx2.h"
 
-#include "cpu/algorithm.inl"
+#  include "cpu/algorithm.inl"
 } // namespace vggfast::cpu::avx2
-#pragma GCC pop_options
+#  pragma GCC pop_options
 
 namespace vggfast::cpu {
 const Kernels kernels_avx2 = avx2::table;
 }
+#endif

@@ -103,8 +103,8 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
   for (int64_t block = 0; block * kBlock < out.c; ++block) {
     const int64_t k0 = block * kBlock;
     const float* filters = packed + block * 9 * x.c * kBlock;
-    const Epilogue epilogue[] = {{out, k0}, {out, k0 + Vec::width}};
-    static_assert(kVecs == 2, "an Epilogue for every vector of a block");
+    Epilogue epilogue[kVecs];
+    for (int v = 0; v < kVecs; ++v) epilogue[v] = Epilogue(out, k0 + v * Vec::width);
     for (int64_t h = h_begin; h < h_end; ++h) {
       const float* rows = scratch + (h - h_begin) * row_size;
       if (!out.pool) {

@@ -11,6 +11,7 @@ static inline bool all_zero(Vec v) { // false for NaN lanes
 // Bias and ReLU of one vector of channels from k on.
 struct Epilogue {
   Vec bias, floor; // none: -0, which changes no sum, and -Inf
+  Epilogue() = default;
   Epilogue(const Output& out, int64_t k)
       : bias(out.bias ? Vec::load(out.bias + k) : Vec::set(-0.f)), floor(Vec::set(out.relu ? 0.f : -__builtin_inff())) {}
   Vec operator()(Vec v) const { return at_least(floor, v + bias); }

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #  include <cpuid.h>
 #  include <sys/syscall.h>
 #  include <unistd.h>
@@ -13,10 +13,10 @@
 namespace vggfast::cpu {
 namespace {
 
-// Whether the CPU has tile registers for bfloat16 and the system lets this process use them. Asked for once: the answer holds for
+#if defined(__x86_64__)
+// Whether the CPU has tile registers for bfloat16 and Linux lets this process use them. Asked for once: the answer holds for
 // every thread, and after a fork.
 bool has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
   static const bool has = [] {
     constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
     constexpr long request_permission = 0x1023, tile_data = 18; // arch_prctl(2)
@@ -25,10 +25,8 @@ bool has_amx() {
            syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
   }();
   return has;
-#else
-  return false;
-#endif
 }
+#endif
 
 std::vector<const Kernels*> runnable() { // best first
   std::vector<const Kernels*> found;
@@ -41,6 +39,8 @@ std::vector<const Kernels*> runnable() { // best first
     found.push_back(&kernels_avx512);
   }
   if (avx2) found.push_back(&kernels_avx2);
+#elif defined(__aarch64__)
+  found.push_back(&kernels_neon);
 #endif
   found.push_back(&kernels_baseline);
 #if defined(__x86_64__)
@@ -50,13 +50,15 @@ std::vector<const Kernels*> runnable() { // best first
   return found;
 }
 
+// "aten" keeps Python from calling the ops (vggfast/switches.py); what calls them all the same gets the widest.
 const Kernels* find(const std::string& name) {
   std::string names;
   for (const Kernels* k : runnable()) {
-    if (name == k->name || name == "auto") return k;
+    if (name == k->name || name == "auto" || name == "aten") return k;
     names += std::string(names.empty() ? "" : ", ") + k->name;
   }
-  throw std::invalid_argument("VGGFAST_CPU_ISA: expected auto or one of " + names + " (what this CPU runs), got '" + name + "'");
+  throw std::invalid_argument("VGGFAST_CPU_ISA: expected auto, aten or one of " + names + " (what this CPU runs), got '" + name +
+                              "'");
 }
 
 std::atomic<const Kernels*> chosen{nullptr};

@@ -84,7 +84,7 @@ struct Kernels {
   void (*max_pool_rows)(const Image&, const Output&, int64_t begin, int64_t end);         // rows of N * H/2
   void (*max_pool_grad_rows)(const Image& dz, const Output&, int64_t begin, int64_t end); // rows of N * H
 
-  int64_t (*fma_loop)(int64_t steps, float* out); // how many operations it did; `out` holds 16 floats, two of them read
+  int64_t (*fma_loop)(int64_t steps, float* out); // how many operations it did; `out` holds 16 floats, one of them read
 
   // Only with AMX's tile registers, for bfloat16; else null. Blocks [begin, end) of the output channels. packed may be null: then
   // filters are packed where they are used.
@@ -102,6 +102,7 @@ struct Kernels {
                             bool first, float* s, int64_t s_block, float* scratch) = nullptr;
 };
 
-extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_amx, kernels_amx_emulated;
+// Of those but the first a build has its own architecture's: x86-64's, or 64-bit Arm's.
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_amx, kernels_amx_emulated, kernels_neon;
 
 } // namespace vggfast::cpu

@@ -1,9 +1,9 @@
 // Fully connected layers of few rows (a small batch): memory is the limit, so every weight is read, or written, once.
 //   rows are packed by vectors of columns: [in / width][rows][width], zero past the last column
 
-static constexpr int kSums = Vec::width == 16 ? 24 : 12; // accumulators that leave registers for the operands
-static constexpr int kChain = 32;   // steps summed before their sum is added to the total: short chains round less
-static constexpr int kFetch = 2048; // bytes of each row of weights asked for ahead: hardware stops at each 4 KB
+static constexpr int kSums = Vec::registers / 4 * 3; // accumulators that leave registers for the operands
+static constexpr int kChain = 32;                    // steps summed before their sum is added to the total: short chains round less
+static constexpr int kFetch = 2048;                  // bytes of each row of weights asked for ahead: hardware stops at each 4 KB
 // Into L1, or into L2 alone where so many rows are read in turn that those lines would have left L1 again.
 static constexpr int kFetchLevel = Vec::width == 16 ? 3 : 2;
 

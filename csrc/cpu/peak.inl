@@ -2,13 +2,13 @@
 
 // Of one thread; returns how many operations they were. The sums go to `out`, so that they are made.
 static int64_t fma_loop(int64_t steps, float* out) {
-  constexpr int chains = 12;
+  constexpr int chains = Vec::registers / 4 * 3;
   Vec sums[chains];
   for (int i = 0; i < chains; ++i) sums[i] = Vec::set(float(i));
-  const Vec factor = Vec::set(out[0]), term = Vec::set(out[1]);
+  const Vec factor = Vec::set(out[0]);
   for (int64_t step = 0; step < steps; ++step)
-#pragma GCC unroll 12
-    for (int i = 0; i < chains; ++i) sums[i] = fma(sums[i], factor, term);
+#pragma GCC unroll 24
+    for (int i = 0; i < chains; ++i) accumulate(sums[i], factor, sums[(i + 1) % chains]); // no product is another's
   Vec sum = sums[0];
   for (int i = 1; i < chains; ++i) sum = sum + sums[i];
   sum.store(out);

@@ -3,7 +3,7 @@
 using Mask = __m256;
 
 struct Vec {
-  static constexpr int width = 8;
+  static constexpr int width = 8, registers = 16;
   __m256 reg;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }

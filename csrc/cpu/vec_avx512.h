@@ -3,7 +3,7 @@
 using Mask = __mmask16;
 
 struct Vec {
-  static constexpr int width = 16;
+  static constexpr int width = 16, registers = 32;
   __m512 reg;
 
   static Vec zero() { return {_mm512_setzero_ps()}; }

@@ -4,7 +4,7 @@ typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Mask __attribute__((vector_size(16)));
 
 struct Vec {
-  static constexpr int width = 4;
+  static constexpr int width = 4, registers = 16;
   Float4 reg;
 
   static Vec zero() { return set(0); }

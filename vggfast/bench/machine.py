@@ -26,6 +26,14 @@ AMD_ZEN = [
 WITHOUT_AVX512 = {"zen1", "zen2", "zen3"}  # of those named here
 WITH_AMX = {"sapphirerapids", "emeraldrapids", "graniterapids"}
 INTEL = {85: "skylake", 106: "icelake", 143: "sapphirerapids", 207: "emeraldrapids", 173: "graniterapids"}
+ARM = {
+    "0xd08": "Cortex-A72",
+    "0xd0b": "Cortex-A76",
+    "0xd0c": "Neoverse N1",
+    "0xd40": "Neoverse V1",
+    "0xd49": "Neoverse N2",
+    "0xd4f": "Neoverse V2",
+}
 PACKAGES = ["onnxruntime", "openvino", "ncnn", "pnnx", "onnx", "jax", "lpips", "numpy"]
 
 
@@ -41,6 +49,13 @@ def cpu_info() -> dict[str, str]:
 
 def cpu_name(info: dict[str, str]) -> str:
     """As "AMD EPYC (zen4)" where the microarchitecture is known; a hypervisor that hides AVX-512 or AMX makes another device."""
+    if "CPU part" in info:  # Arm, where no name is given
+        implementer, part = info.get("CPU implementer", ""), info["CPU part"]
+        return (
+            f"Arm {ARM[part]}"
+            if implementer == "0x41" and part in ARM
+            else f"Arm part {part} of implementer {implementer}"
+        )
     name = re.sub(r"\((R|TM)\)|CPU|@.*|Processor|\d+-Core", "", info.get("model name", "unknown"))
     name = " ".join(name.split())
     arch, flags = microarchitecture(info), info.get("flags", "").split()
