@@ -97,6 +97,17 @@ def test_images_that_end_within_a_tile(isa: str, schedule: str, size: tuple[int,
         check_against_float64(x, weight, bias, grad, relu=True, pool=pool, algo="winograd")
 
 
+@pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 2), (2, 1), (2, 2), (1, 5), (3, 2), (7, 1)])
+@pytest.mark.parametrize(("n", "c_in", "c_out"), [(1, 16, 17), (5, 40, 24), (130, 64, 66)])
+def test_the_smallest_images(isa: str, n: int, c_in: int, c_out: int, h: int, w: int) -> None:
+    """Winograd's by default, where direct convolution takes several times as long."""
+    for step in ("forward", "grad_input", "grad_weight"):
+        assert _C.cpu_plan(step, n, c_in, c_out, h, w).startswith("winograd")
+    x, weight, bias = problem(n, c_in, c_out, h, w, grad=True)
+    grad = normal(n, c_out, h, w)
+    check_against_float64(x, weight, bias, grad, relu=True, pool=False, algo="winograd")
+
+
 @pytest.mark.parametrize(("threads", "schedule"), [(16, "tiles split"), (2, "tile-fused")])
 def test_images_that_end_within_a_tile_in_several_chunks(isa: str, threads: int, schedule: str) -> None:
     """144 tiles in two chunks: the last column's, whole ones and the last row's meet the cut at other places."""

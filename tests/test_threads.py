@@ -66,6 +66,12 @@ def test_sixteen_threads_give_the_bits_of_one(isa: str, algo: str, shape: tuple[
             assert_same_bits(got, expected)
 
 
+CALLS = [
+    ("ops.conv3x3(x, weight)", (64, 64, 112)),
+    ("ops.conv3x3(x, weight)", (256, 512, 14)),
+    ("torch.ops.vggfast.conv3x3_grad_weight(x, grad, y, None)", (64, 64, 112)),
+    ("torch.ops.vggfast.conv3x3_grad_weight(x, grad, y, None)", (256, 512, 14)),  # sums that are kept once alone
+]
 # CPU time of this thread, and of all, over twenty calls.
 SHARES = """
 import resource, time, torch
@@ -74,22 +80,29 @@ def whole():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 torch.set_num_threads(2)
-x, weight = torch.rand(2, 64, 112, 112), torch.rand(64, 64, 3, 3)
+c_in, c_out, size = {shape}
+x, weight, grad = torch.rand(2, c_in, size, size), torch.rand(c_out, c_in, 3, 3), torch.rand(2, c_out, size, size)
 with torch.inference_mode():
+    y = ops.conv3x3(x, weight)
+    def call():
+        {call}
     for _ in range(3):
-        ops.conv3x3(x, weight)
+        call()
     before = time.thread_time(), whole()
     for _ in range(20):
-        ops.conv3x3(x, weight)
+        call()
 print((time.thread_time() - before[0]) / (whole() - before[1]))
 """
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU: two threads would take turns")
-def test_two_threads_share_the_work() -> None:
+@pytest.mark.parametrize("algo", ["winograd", "direct"])
+@pytest.mark.parametrize(("call", "shape"), CALLS)
+def test_two_threads_share_the_work(algo: str, call: str, shape: tuple[int, int, int]) -> None:
     """Waiting threads sleep there, so that only work takes CPU time; a call that is serial takes all of it in one thread."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
-    done = subprocess.run([sys.executable, "-c", SHARES], env=environment, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "VGGFAST_CONV_ALGO": algo}
+    code = SHARES.format(call=call, shape=shape)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert 0.15 < float(done.stdout) < 0.85
 

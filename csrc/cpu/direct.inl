@@ -201,7 +201,8 @@ static void few_rows(const Image& x, const float* packed, const Output& out, int
 
 static constexpr int64_t bias_pixels = 16; // whose gradients are summed in fp32 before the sums are added in double
 
-// One gradient row, [W][padded] with zeros past the last channel; its sum over W is added to bias. scratch: (W + 2) * C floats.
+// One gradient row, [W][padded] with zeros past the last channel; its sum over W is added to bias, where there is one. scratch:
+// (W + 2) * C floats.
 template <class T>
 static void load_gradient_row(const Image& dz, int64_t n, int64_t h, int64_t padded, float* row, double* bias, float* scratch) {
   load_row<T>(dz, n, h, scratch);
@@ -213,17 +214,19 @@ static void load_gradient_row(const Image& dz, int64_t n, int64_t h, int64_t pad
         g.store(row + w * padded + c);
         sum = sum + g;
       }
+      if (!bias) continue;
       float lanes[Vec::width];
       sum.store(lanes);
       for (int i = 0; i < Vec::width; ++i) bias[c + i] += lanes[i];
     }
 }
 
-// Adds the rows [begin, end) of N * H to sum[9][in][K padded to whole blocks] and bias[K padded].
-// scratch: 3 input rows, one gradient row [W][K padded], one unpadded gradient row.
+// Adds the rows [begin, end) of N * H to sum[block][9][in][kBlock] of the blocks [block_begin, block_end) of output channels, and
+// to bias[K padded to whole blocks], which may be null. scratch: 3 input rows, one gradient row [W][K padded], one unpadded
+// gradient row.
 template <class T>
-static void direct_grad_rows(const Image& x, const Image& dz, int64_t begin, int64_t end, float* sum, double* bias,
-                             float* scratch) {
+static void direct_grad_rows(const Image& x, const Image& dz, int64_t begin, int64_t end, int64_t block_begin, int64_t block_end,
+                             float* sum, double* bias, float* scratch) {
   const int64_t padded = round_up(dz.c, kBlock), row_size = (x.w + 2) * x.c;
   float *gradient = scratch + 3 * row_size, *unpadded = gradient + x.w * padded;
   for (int64_t i = begin; i < end; ++i) {
@@ -232,11 +235,12 @@ static void direct_grad_rows(const Image& x, const Image& dz, int64_t begin, int
     for (int64_t r = i == begin || h == 0 ? h - 1 : h + 1; r <= h + 1; ++r) load_row<T>(x, n, r, scratch + (r + 3) % 3 * row_size);
     load_gradient_row<T>(dz, n, h, padded, gradient, bias, unpadded);
     for (int r = 0; r < 3; ++r)
-      for (int64_t k = 0; k < padded; k += kBlock) {
+      for (int64_t block = block_begin; block < block_end; ++block) {
         const float* row = scratch + (h - 1 + r + 3) % 3 * row_size;
-        const Product product{{row, 1, x.c, 0}, {gradient + k, padded, 0}, x.w};
+        float* of_row = sum + (block * 9 + r * 3) * x.c * kBlock;
+        const Product product{{row, 1, x.c, 0}, {gradient + block * kBlock, padded, 0}, x.w};
         for_each_row_block(3 * x.c, product, StartAtZero(), [&](int64_t tap, const Vec(&acc)[kVecs]) {
-          float* p = sum + (r * 3 * x.c + tap) * padded + k;
+          float* p = of_row + tap * kBlock;
           for (int v = 0; v < kVecs; ++v) (Vec::load(p + v * Vec::width) + acc[v]).store(p + v * Vec::width);
         });
       }

@@ -74,7 +74,8 @@ struct Kernels {
   void (*direct_rows)(const Image&, const float* packed, const Output&, int64_t n, int64_t h_begin, int64_t h_end, float* scratch);
   void (*few_filters)(const Filters&, float* packed);
   void (*few_rows)(const Image&, const float* packed, const Output&, int64_t n, int64_t h_begin, int64_t h_end, float* scratch);
-  void (*direct_grad_rows)(const Image&, const Image& dz, int64_t begin, int64_t end, float* sum, double* bias, float* scratch);
+  void (*direct_grad_rows)(const Image&, const Image& dz, int64_t begin, int64_t end, int64_t block_begin, int64_t block_end,
+                           float* sum, double* bias, float* scratch);
 
   // together: outputs that share a piece of x, kLinearOuts or less
   void (*linear)(const Linear&, const float* x, int64_t begin, int64_t end, int together, float* y);

@@ -13,7 +13,8 @@ namespace {
 // ---- direct ----
 
 // The rows of N * H are cut into a number of parts that depends on the problem alone, each part sums into memory of its own, and
-// the parts are added in order. More parts than threads would need cost memory, so wide layers get few.
+// the parts are added in order. More parts than threads would need cost memory, so wide layers get few; threads then take ranges of
+// output channels, whose sums L2 keeps.
 int64_t direct_parts(const Kernels& k, const Image& x, const Image& dz) {
   const int64_t bytes = 9 * x.c * round_up(dz.c, k.block) * 4;
   return std::clamp<int64_t>(std::min((8 << 20) / bytes, x.n * x.h / 4), 1, 64);
@@ -25,12 +26,13 @@ int64_t grad_weight_direct_workspace(const Kernels& k, const Image& x, const Ima
 }
 
 template <class T>
-void store_grad_filters(const float* parts, int64_t count, int64_t part_size, int64_t padded, int64_t tap_c, const Filters& dw) {
+void store_grad_filters(const float* parts, int64_t count, int64_t part_size, int64_t block, int64_t tap_c, const Filters& dw) {
   const int64_t tap = tap_c / dw.in, c = tap_c % dw.in;
   T* p = (T*)const_cast<void*>(dw.data) + c * dw.stride_in + tap / 3 * dw.stride_r + tap % 3 * dw.stride_s;
   for (int64_t out = 0; out < dw.out; ++out) {
     double sum = 0;
-    for (int64_t part = 0; part < count; ++part) sum += parts[part * part_size + tap_c * padded + out];
+    const int64_t at = (out / block * 9 * dw.in + tap_c) * block + out % block;
+    for (int64_t part = 0; part < count; ++part) sum += parts[part * part_size + at];
     from_float(float(sum), p + out * dw.stride_out);
   }
 }
@@ -41,17 +43,20 @@ void grad_weight_direct(const Kernels& k, const Image& x, const Image& dz, const
   double* bias_parts = (double*)workspace; // first, for its alignment
   float* sums = workspace + parts * 2 * padded;
   const int64_t rows = x.n * x.h;
-  parallel(parts, [&](int64_t part) {
+  const int64_t blocks = padded / k.block, ranges = std::clamp<int64_t>(16 / parts, 1, blocks);
+  parallel(parts * ranges, [&](int64_t job) {
+    const int64_t part = job / ranges, range = job % ranges;
+    const int64_t first = blocks * range / ranges, last = blocks * (range + 1) / ranges;
     float* sum = sums + part * part_size;
-    double* bias_sum = bias_parts + part * padded;
-    memset(sum, 0, part_size * sizeof(float));
-    memset(bias_sum, 0, padded * sizeof(double));
+    double* bias_sum = range == 0 ? bias_parts + part * padded : nullptr;
+    memset(sum + first * 9 * x.c * k.block, 0, (last - first) * 9 * x.c * k.block * sizeof(float));
+    if (bias_sum) memset(bias_sum, 0, padded * sizeof(double));
     const int64_t floats = 3 * (x.w + 2) * x.c + x.w * padded + (dz.w + 2) * dz.c + k.width;
-    k.direct_grad_rows(x, dz, rows * part / parts, rows * (part + 1) / parts, sum, bias_sum, scratch(floats));
+    k.direct_grad_rows(x, dz, rows * part / parts, rows * (part + 1) / parts, first, last, sum, bias_sum, scratch(floats));
   });
   parallel(9 * x.c, [&](int64_t tap_c) {
     with_type(dw.dtype, [&](auto* type) {
-      store_grad_filters<std::remove_pointer_t<decltype(type)>>(sums, parts, part_size, padded, tap_c, dw);
+      store_grad_filters<std::remove_pointer_t<decltype(type)>>(sums, parts, part_size, k.block, tap_c, dw);
     });
   });
   for (int64_t c = 0; c < dz.c; ++c) {

@@ -36,8 +36,9 @@ static constexpr Kernels table = {
     [](const Image& x, const float* packed, const Output& out, int64_t n, int64_t begin, int64_t end, float* scratch) {
       VGGFAST_TYPED(x.dtype, few_rows<T>(x, packed, out, n, begin, end, scratch));
     },
-    [](const Image& x, const Image& dz, int64_t begin, int64_t end, float* sum, double* bias, float* scratch) {
-      VGGFAST_TYPED(x.dtype, direct_grad_rows<T>(x, dz, begin, end, sum, bias, scratch));
+    [](const Image& x, const Image& dz, int64_t begin, int64_t end, int64_t block_begin, int64_t block_end, float* sum,
+       double* bias, float* scratch) {
+      VGGFAST_TYPED(x.dtype, direct_grad_rows<T>(x, dz, begin, end, block_begin, block_end, sum, bias, scratch));
     },
     [](const Linear& l, const float* x, int64_t begin, int64_t end, int together, float* y) {
       VGGFAST_TYPED(l.dtype, linear<T>(l, x, begin, end, together, y));
