@@ -182,19 +182,22 @@ static void few_rows(const Image& x, const float* packed, const Output& out, int
       }
     if (h <= h_begin) continue; // output row h - 1 needs the rows around it
     const int64_t y = h - 1;
-    const auto pixel = [&](int64_t w, int64_t k) {
-      float sum = 0;
-      for (int r = 0; r < 3; ++r)
-        for (int s = 0; s < 3; ++s) sum += products[(y - 1 + r + 3) % 3 * row_size + (w + s) * columns + (3 * r + s) * out.c + k];
-      sum += out.bias ? out.bias[k] : 0.f;
-      return out.relu && sum < 0.f ? 0.f : sum;
-    };
-    for (int64_t w = 0; w < out.w; ++w)
-      for (int64_t k = 0; k < out.c; ++k)
+    for (int64_t k = 0; k < out.c; k += Vec::width) {
+      const int lanes = lanes_from(k, out.c);
+      const Epilogue epilogue(out, k);
+      const float* rows[3]; // of products whose sums are output row y
+      for (int r = 0; r < 3; ++r) rows[r] = products + (y - 1 + r + 3) % 3 * row_size + 3 * r * out.c + k;
+      for (int64_t w = 0; w < out.w; ++w) {
+        Vec sum = Vec::zero();
+        for (int r = 0; r < 3; ++r)
+          for (int s = 0; s < 3; ++s) sum = sum + load_lanes(rows[r] + (w + s) * columns + s * out.c, lanes);
+        sum = epilogue(sum);
         if (out.pool)
-          full[(y % 2 * out.w + w) * kBlock + k] = pixel(w, k);
+          sum.store(full + (y % 2 * out.w + w) * kBlock + k);
         else
-          from_float(pixel(w, k), (T*)out.data + ((n * out.h + y) * out.w + w) * out.c + k);
+          store_lanes(sum, (T*)out.data + ((n * out.h + y) * out.w + w) * out.c + k, lanes);
+      }
+    }
     if (out.pool && y % 2 == 1) pool_row<T>(out, full, out.w * kBlock, kBlock, n, y / 2, 0, kBlock);
   }
 }

@@ -14,7 +14,7 @@ namespace {
 
 // A block of output channels of which few are there is mostly zeros; all taps of four channels fill it.
 bool few_outputs(const Filters& w) {
-  return w.out <= 4 && w.in >= 16;
+  return w.out <= 4 && w.in > 4;
 }
 
 int64_t direct_workspace(const Kernels& k, const Image& x, const Filters& w) {
