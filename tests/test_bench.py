@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from vggfast.bench import BenchError, cases, contenders, measure, memory, stats, suites
+import vggfast
+from vggfast.bench import BenchError, cases, contenders, measure, memory, networks, stats, suites
 from vggfast.bench.cases import Case
 from vggfast.bench.client import Worker
 from vggfast.bench.contenders import VGGFAST, Contender, find
@@ -364,3 +365,14 @@ def test_peak_memory_of_a_run(lab):
     group = dataclasses.replace(group_of(case, VGGFAST, find("torch channels_last")), part="memory")
     ours, torchs = lab.measure_memory(group)["contenders"]
     assert 0 < ours["saved_bytes"] < torchs["saved_bytes"] < torchs["peak_bytes"] < 200e6
+
+
+def test_rivals_do_not_run_this_librarys_kernels():
+    case = Case(networks.SMALL, "inference", 1, size=32)
+    net = cases.network(case)
+    plain = cases.plain_network(net)
+    assert [type(child) for child in plain] == [type(child) for child in net]
+    assert [p.data_ptr() for p in plain.parameters()] == [p.data_ptr() for p in net.parameters()]
+    assert not any(row.fused for row in vggfast.explain(plain, torch.rand(1, 3, 32, 32)).rows)
+    with pytest.raises(BenchError, match="rivals would run fused"):
+        cases.plain_network(torch.nn.Sequential(net))

@@ -173,10 +173,16 @@ def plain_layer(x: Tensor, weight: Tensor, bias: Tensor, pool: bool) -> Tensor:
 
 def plain_network(net: nn.Module) -> nn.Module:
     """The same modules with the same parameters, called by torch one after the other."""
-    if not isinstance(net, vggfast.models.VGG):
-        return nn.Sequential(*net.children())
-    features, classifier = (nn.Sequential(*part.children()) for part in (net.features, net.classifier))
-    return nn.Sequential(features, net.avgpool, nn.Flatten(), classifier)
+    if isinstance(net, vggfast.models.VGG):
+        features, classifier = (nn.Sequential(*part.children()) for part in (net.features, net.classifier))
+        plain = nn.Sequential(features, net.avgpool, nn.Flatten(), classifier)
+    else:
+        plain = nn.Sequential(*net.children())
+    if any(isinstance(module, vggfast.FusedSequential) for module in plain.modules()):
+        raise BenchError(
+            "expected a network whose FusedSequentials are known here, got one that rivals would run fused"
+        )
+    return plain
 
 
 def expected(case: Case, reference: Outputs) -> Outputs:

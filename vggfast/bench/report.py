@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vggfast.bench.contenders import VGGFAST
 from vggfast.bench.layers import VGG16_LAYERS
 from vggfast.bench.measure import CONTROL, threads_label
+from vggfast.bench.networks import SMALL
 from vggfast.bench.plots import DTYPE_NAMES, TASK_NAMES, title_of
 from vggfast.bench.results import WHY_NOT, Json, contender, group
 from vggfast.bench.stats import Spread, ratios, spread
@@ -61,6 +62,16 @@ CPU_ROWS = [
     Row("their filter gradients, float32, batch 8", _layers("grad_weight", 8, "fp32"), (TORCH,)),
     Row("training step, float32, batch 8", ("vgg16 training fp32 batch 8",), (*COMPILED, "torch NCHW")),
     Row("training step, bfloat16 autocast, batch 8", ("vgg16 training bf16 batch 8",), COMPILED),
+    Row(
+        "images of 32×32, inference, float32, batch 128",
+        (f"{SMALL} inference fp32 batch 128",),
+        (*COMPILED, "torch NCHW"),
+    ),
+    Row(
+        "images of 32×32, training step, float32, batch 128",
+        (f"{SMALL} training fp32 batch 128",),
+        (*COMPILED, "torch NCHW"),
+    ),
     *[
         Row(
             f"LPIPS with its gradient, float32, batch {batch}",
@@ -303,7 +314,7 @@ def _preamble(data: Json) -> Iterator[str]:
     if same:
         yield (
             f"vggfast against itself, as the control: {same.median:.2f}× ({same.p10:.2f} to {same.p90:.2f} over all comparisons). "
-            "Times are of a batch of 224×224 images; a ratio above 1 is in vggfast's favour; errors are relative, against float64."
+            "Times are of a batch, of 224×224 images where nothing else is said; a ratio above 1 is in vggfast's favour; errors are relative, against float64."
         )
 
 

@@ -9,6 +9,7 @@ from vggfast.bench.cases import LAYER_TASKS, LOSSES, Case
 from vggfast.bench.contenders import VGGFAST, families
 from vggfast.bench.layers import CONFIGS, VGG16_LAYERS
 from vggfast.bench.measure import Effort, Entry, Group, compare, with_fewer_threads
+from vggfast.bench.networks import SMALL
 
 PARTS = ("inference", "training", "perceptual", "layers", "memory", "compiled", "threads")
 
@@ -65,6 +66,8 @@ def _against(case: Case, full: bool, part: str) -> list[str] | None:
     kernels that no GPU has proven where they are named."""
     if part == "layers" and case.device == "cuda":
         return [family for family in families() if family not in ("compile", "autotune", "patch")]
+    if case.subject == SMALL:
+        return ["torch", "compile"]
     others = case.subject in CONFIGS and case.subject != "vgg16"
     if not full and case.task in LOSSES:
         return ["torch", "lpips"]
@@ -87,6 +90,8 @@ def _inference(device: str, full: bool) -> Iterator[Case]:
         for model in ("vgg11", "vgg13", "vgg19"):
             for batch in (32,) if device == "cuda" else (1, 8):
                 yield Case(model, "inference", batch, "bf16" if device == "cuda" else "fp32")
+        if device == "cpu":
+            yield Case(SMALL, "inference", 128, "fp32", size=32)
 
 
 def _training(device: str, full: bool) -> Iterator[Case]:
@@ -101,6 +106,8 @@ def _training(device: str, full: bool) -> Iterator[Case]:
     if full:
         for model in ("vgg11", "vgg13", "vgg19"):
             yield Case(model, "training", 32 if device == "cuda" else 8, "bf16" if device == "cuda" else "fp32")
+        if device == "cpu":
+            yield Case(SMALL, "training", 128, "fp32", size=32)
 
 
 def _perceptual(device: str, full: bool) -> Iterator[Case]:
