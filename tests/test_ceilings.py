@@ -13,12 +13,18 @@ from vggfast.bench import ceilings
 def test_the_fma_peak_is_above_any_matrix_product(isa: str) -> None:
     torch.set_num_threads(1)
     _C.set_cpu_isa(isa)
-    peak = _C.fma_peak(0.1)
     if isa == "baseline":  # torch's product has more lanes than this
-        assert 1 < peak < 1e4
-    else:
-        lanes = 2 if isa == "avx2" and "avx512" in _C.cpu_isas() else 1  # torch's product takes the widest
-        assert peak > ceilings._matmul("cpu", torch.float32, 768) / lanes / 1.3  # the clock may have moved in between
+        assert 1 < _C.fma_peak(0.1) < 1e4
+        return
+    lanes = 2 if isa == "avx2" and "avx512" in _C.cpu_isas() else 1  # torch's product takes the widest
+    peak = product = 0.0
+    for _ in range(20):
+        # In turns, the best of each: others may have the CPU, or its clock may move, during one of them.
+        peak = max(peak, _C.fma_peak(0.1))
+        product = max(product, ceilings._matmul("cpu", torch.float32, 768) / lanes)
+        if peak > product:
+            return
+    assert peak > product / 1.05
 
 
 @pytest.mark.parametrize("fma", [1e9, 1e-9])

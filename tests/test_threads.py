@@ -101,10 +101,16 @@ print((time.thread_time() - before[0]) / (whole() - before[1]))
 def test_two_threads_share_the_work(algo: str, call: str, shape: tuple[int, int, int]) -> None:
     """Waiting threads sleep there, so that only work takes CPU time; a call that is serial takes all of it in one thread."""
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "VGGFAST_CONV_ALGO": algo}
-    code = SHARES.format(call=call, shape=shape)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert 0.15 < float(done.stdout) < 0.85
+    code, shares = SHARES.format(call=call, shape=shape), []
+    for _ in range(3):  # work is handed out as threads come for it: one may come late where others have its CPU
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        shares.append(float(done.stdout))
+        if 0.15 < shares[-1] < 0.85:
+            return
+    raise AssertionError(f"the calling thread's shares of the CPU time: {shares}")
 
 
 def test_calls_from_several_threads_at_once_do_not_meet() -> None:

@@ -43,7 +43,7 @@ def run_script(script: str, *arguments: object) -> subprocess.CompletedProcess[s
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

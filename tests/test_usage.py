@@ -95,7 +95,7 @@ def test_workers_run_the_network_after_the_parent_did(start: str) -> None:
     torch.set_num_threads(2)  # the parent's thread pool does not survive a fork
     fused, _ = pair()
     expected = fused(image(n=8)), torch.stack([Features(fused)[i] for i in range(6)])
-    loader = DataLoader(Features(fused), 3, num_workers=2, multiprocessing_context=start, timeout=60)
+    loader = DataLoader(Features(fused), 3, num_workers=2, multiprocessing_context=start, timeout=300)
     assert torch.equal(torch.cat(list(loader)), expected[1])
     assert torch.equal(fused(image(n=8)), expected[0])
 

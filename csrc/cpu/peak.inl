@@ -8,7 +8,11 @@ static int64_t fma_loop(int64_t steps, float* out) {
   const Vec factor = Vec::set(out[0]);
   for (int64_t step = 0; step < steps; ++step)
 #pragma GCC unroll 24
-    for (int i = 0; i < chains; ++i) accumulate(sums[i], factor, sums[(i + 1) % chains]); // no product is another's
+    for (int i = 0; i < chains; ++i) {
+      Vec sum = sums[i];
+      accumulate(sum, factor, sum); // no product is another's
+      sums[i] = sum;
+    }
   Vec sum = sums[0];
   for (int i = 1; i < chains; ++i) sum = sum + sums[i];
   sum.store(out);
