@@ -57,19 +57,19 @@ static void direct_filters(const Filters& w, int64_t block, float* packed) {
 static constexpr int64_t kDirectChain = 256; // products summed before their sum is added to the rest: long chains round more
 
 // finish(pixel, sums) for one output row and one block of output channels; parts: [W][kBlock] floats for the sums so far.
-template <class Finish>
+template <int vecs, class Finish>
 static inline void direct_row(const float* rows, int64_t width, int64_t in, const float* packed, float* parts,
                               const Finish& finish) {
   const int64_t row_size = (width + 2) * in, depth = 3 * in;
   if (3 * depth <= kDirectChain + 32) { // to 32 channels: one chain
     const Product product{{rows, in, 1, row_size}, {packed, kBlock, depth * kBlock}, depth, 3};
-    return for_each_row_block(width, product, StartAtZero(), finish);
+    return for_each_row_block<vecs>(width, product, StartAtZero(), finish);
   }
   const int64_t chains = (depth + kDirectChain - 1) / kDirectChain;
   for (int64_t i = 0; i < 3 * chains; ++i) {
     const int64_t r = i / chains, begin = depth * (i % chains) / chains, end = depth * (i % chains + 1) / chains;
     const Product product{{rows + r * row_size + begin, in, 1, 0}, {packed + (r * depth + begin) * kBlock, kBlock, 0}, end - begin};
-    for_each_row_block(width, product, StartAtZero(), [&](int64_t w, const Vec(&acc)[kVecs]) {
+    for_each_row_block<vecs>(width, product, StartAtZero(), [&](int64_t w, const Vec(&acc)[kVecs]) {
       float* part = parts + w * kBlock;
       Vec sums[kVecs];
       for (int v = 0; v < kVecs; ++v) sums[v] = i == 0 ? acc[v] : Vec::load(part + v * Vec::width) + acc[v];
@@ -112,27 +112,31 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
         const int64_t pixel = out.c, rest = out.c - k0;
         if constexpr (std::is_same_v<T, float>) {
           if (out.stream) {
-            direct_row(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
-              for (int v = 0; v < kVecs && v * Vec::width < rest; ++v)
-                epilogue[v](acc[v]).stream(line + w * pixel + v * Vec::width);
+            with_vecs(rest, [&](auto some) {
+              direct_row<decltype(some)::count>(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
+                for (int v = 0; v < decltype(some)::count && v * Vec::width < rest; ++v)
+                  epilogue[v](acc[v]).stream(line + w * pixel + v * Vec::width);
+              });
             });
             continue;
           }
         }
         if (rest >= kBlock) // a vector cut short may be a call, for which all sums would have to leave their registers
-          direct_row(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
+          direct_row<kVecs>(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
             for (int v = 0; v < kVecs; ++v) epilogue[v](acc[v]).store(line + w * pixel + v * Vec::width);
           });
         else
-          direct_row(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
-            for (int v = 0; v < kVecs && v * Vec::width < rest; ++v)
-              store_lanes(epilogue[v](acc[v]), line + w * pixel + v * Vec::width, lanes_from(v * Vec::width, rest));
+          with_vecs(rest, [&](auto some) {
+            direct_row<decltype(some)::count>(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
+              for (int v = 0; v < decltype(some)::count && v * Vec::width < rest; ++v)
+                store_lanes(epilogue[v](acc[v]), line + w * pixel + v * Vec::width, lanes_from(v * Vec::width, rest));
+            });
           });
         continue;
       }
       if (h / 2 >= out.h / 2) continue; // an odd last row is in no window
       float* line = full + h % 2 * x.w * kBlock;
-      direct_row(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
+      direct_row<kVecs>(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
         for (int v = 0; v < kVecs; ++v) epilogue[v](acc[v]).store(line + w * kBlock + v * Vec::width);
       });
       if (h % 2 == 1) pool_row<T>(out, full, x.w * kBlock, kBlock, n, h / 2, k0, kBlock);
@@ -242,9 +246,12 @@ static void direct_grad_rows(const Image& x, const Image& dz, int64_t begin, int
         const float* row = scratch + (h - 1 + r + 3) % 3 * row_size;
         float* of_row = sum + (block * 9 + r * 3) * x.c * kBlock;
         const Product product{{row, 1, x.c, 0}, {gradient + block * kBlock, padded, 0}, x.w};
-        for_each_row_block(3 * x.c, product, StartAtZero(), [&](int64_t tap, const Vec(&acc)[kVecs]) {
-          float* p = of_row + tap * kBlock;
-          for (int v = 0; v < kVecs; ++v) (Vec::load(p + v * Vec::width) + acc[v]).store(p + v * Vec::width);
+        with_vecs(dz.c - block * kBlock, [&](auto some) {
+          constexpr int vecs = decltype(some)::count;
+          for_each_row_block<vecs>(3 * x.c, product, StartAtZero(), [&](int64_t tap, const Vec(&acc)[kVecs]) {
+            float* p = of_row + tap * kBlock;
+            for (int v = 0; v < vecs; ++v) (Vec::load(p + v * Vec::width) + acc[v]).store(p + v * Vec::width);
+          });
         });
       }
   }

@@ -41,42 +41,55 @@ struct StartAtZero {
 // What is known when a product is compiled: that steps of depth lie side by side in A, and B is packed in blocks; or that rows do.
 enum class Adjacent { unknown, depth, rows };
 
-// These, not inlined, would pass their sums through memory.
-[[gnu::always_inline]] static inline void multiply_row(float a, const Vec (&channels)[kVecs], Vec (&acc)[kVecs]) {
-  const Vec x = Vec::set(a);
-#pragma GCC unroll 4
-  for (int v = 0; v < kVecs; ++v) accumulate(acc[v], x, channels[v]);
+// Of a block's vectors of output channels, `vecs` are multiplied; the others' sums are zero. run(Vecs<vecs>()) takes half of them
+// where no more channels are there: of few outputs, and of the last block of more.
+template <int vecs>
+struct Vecs {
+  static constexpr int count = vecs;
+};
+template <class Run>
+static inline void with_vecs(int64_t channels, const Run& run) {
+  if (channels <= kVecs / 2 * Vec::width) return run(Vecs<kVecs / 2>());
+  run(Vecs<kVecs>());
 }
 
-template <int rows, bool fetch = true>
+// These, not inlined, would pass their sums through memory.
+template <int vecs>
+[[gnu::always_inline]] static inline void multiply_row(float a, const Vec (&channels)[vecs], Vec (&acc)[kVecs]) {
+  const Vec x = Vec::set(a);
+#pragma GCC unroll 4
+  for (int v = 0; v < vecs; ++v) accumulate(acc[v], x, channels[v]);
+}
+
+template <int rows, int vecs, bool fetch = true>
 [[gnu::always_inline]] static inline void multiply_step(const float* a, int64_t a_row, const float* b, int64_t b_depth,
                                                         Vec (&acc)[rows][kVecs]) {
-  Vec channels[kVecs];
+  Vec channels[vecs];
 #pragma GCC unroll 4
-  for (int v = 0; v < kVecs; ++v) channels[v] = Vec::load(b + v * Vec::width);
+  for (int v = 0; v < vecs; ++v) channels[v] = Vec::load(b + v * Vec::width);
   // Hardware prefetchers stop at each 4 KB; the loads have room for this.
-  for (int line = 0; fetch && line < kBlock; line += 16) __builtin_prefetch(b + kAhead * b_depth + line);
+  for (int line = 0; fetch && line < vecs * Vec::width; line += 16) __builtin_prefetch(b + kAhead * b_depth + line);
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) multiply_row(a[r * a_row], channels, acc[r]);
 }
 
-template <int rows, class Start>
+template <int rows, int vecs, class Start>
 [[gnu::always_inline]] static inline void start_rows(int64_t first_row, const Start& start, Vec (&acc)[rows][kVecs]) {
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = start(first_row + r, v);
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = v < vecs ? start(first_row + r, v) : Vec::zero();
 }
 
 // The last step by itself, each row finished at once: stores take twice as long as products, and would come all together.
-template <int rows, class Finish>
+template <int rows, int vecs, class Finish>
 [[gnu::always_inline]] static inline void finish_rows(const float* a, int64_t a_row, const float* b, int64_t first_row,
                                                       const Finish& finish, Vec (&acc)[rows][kVecs]) {
   // A copy, since a store might have changed what others see: it would be loaded again for each vector.
   const Finish finish_row = finish;
-  Vec channels[kVecs];
+  Vec channels[vecs];
 #pragma GCC unroll 4
-  for (int v = 0; v < kVecs; ++v) channels[v] = Vec::load(b + v * Vec::width);
+  for (int v = 0; v < vecs; ++v) channels[v] = Vec::load(b + v * Vec::width);
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
     multiply_row(a[r * a_row], channels, acc[r]);
@@ -86,11 +99,11 @@ template <int rows, class Finish>
 
 // A row block, one step of depth at a time. It is not inlined, and all that it calls is, or sums would pass through memory: left to
 // itself the compiler decides anew with each change of a caller.
-template <int rows, Adjacent adjacent, class Start, class Finish>
+template <int rows, int vecs, Adjacent adjacent, class Start, class Finish>
 [[gnu::noinline, gnu::flatten]] static void multiply_rows(const Product& p, int64_t first_row, int64_t block, const Start& start,
                                                           const Finish& finish) {
   Vec acc[rows][kVecs];
-  start_rows(first_row, start, acc);
+  start_rows<rows, vecs>(first_row, start, acc);
   const float* ahead = p.a.data + first_row * p.a.row + p.ahead.distance;
   const char* later = p.later.data + block * p.later.block;
   const int64_t later_step = p.later.step;
@@ -103,17 +116,17 @@ template <int rows, Adjacent adjacent, class Start, class Finish>
       for (const int64_t turn = d + 16 < steps ? d + 16 : steps; d < turn; ++d) {
         __builtin_prefetch(later, 0, 2);
         __builtin_prefetch(ahead, 0, 2);
-        multiply_step<rows>(a, adjacent == Adjacent::rows ? 1 : p.a.row, b, p.b.depth, acc);
+        multiply_step<rows, vecs>(a, adjacent == Adjacent::rows ? 1 : p.a.row, b, p.b.depth, acc);
         later += later_step, a += p.a.depth, b += p.b.depth, ahead += p.ahead.step;
       }
   }
-  finish_rows(a, adjacent == Adjacent::rows ? 1 : p.a.row, b, first_row, finish, acc);
+  finish_rows<rows, vecs>(a, adjacent == Adjacent::rows ? 1 : p.a.row, b, first_row, finish, acc);
 }
 
 // The same with `at_once` steps at a time, for which a loop's own instructions are too many beside the products of one; without
 // segments. It is not inlined, or its caller's values take its loop's registers, and what is known of the strides saves more of
 // them. Copies of the others, which would be loaded again after each step. fetch: B comes from afar.
-template <int rows, int at_once, Adjacent adjacent, bool fetch, class Start, class Finish>
+template <int rows, int vecs, int at_once, Adjacent adjacent, bool fetch, class Start, class Finish>
 [[gnu::noinline, gnu::flatten]] static void multiply_rows_in_steps(const Product& p, int64_t first_row, int64_t block,
                                                                    const Start& start, const Finish& finish) {
   const bool packed = adjacent == Adjacent::depth;
@@ -121,7 +134,7 @@ template <int rows, int at_once, Adjacent adjacent, bool fetch, class Start, cla
   const int64_t b_depth = packed ? kBlock : p.b.depth, ahead_step = packed ? 16 : p.ahead.step;
   const int fetch_every = packed ? 2 : 1; // steps: of V that is more than a row block still
   Vec acc[rows][kVecs];
-  start_rows(first_row, start, acc);
+  start_rows<rows, vecs>(first_row, start, acc);
   const float *a = p.a.data + first_row * a_row, *b = p.b.data, *ahead = a + p.ahead.distance;
   const char* later = p.later.data + block * p.later.block;
   const int64_t later_step = at_once * p.later.step, steps = p.depth - 1;
@@ -135,26 +148,26 @@ template <int rows, int at_once, Adjacent adjacent, bool fetch, class Start, cla
         __builtin_prefetch(ahead, 0, 2);
         ahead += ahead_step;
       }
-      multiply_step<rows, fetch>(a, a_row, b, b_depth, acc);
+      multiply_step<rows, vecs, fetch>(a, a_row, b, b_depth, acc);
       asm volatile("" ::: "memory"); // loads moved across steps would need registers
     }
   }
-  for (; d < steps; ++d, a += a_depth, b += b_depth) multiply_step<rows, fetch>(a, a_row, b, b_depth, acc);
-  finish_rows(a, a_row, b, first_row, finish, acc);
+  for (; d < steps; ++d, a += a_depth, b += b_depth) multiply_step<rows, vecs, fetch>(a, a_row, b, b_depth, acc);
+  finish_rows<rows, vecs>(a, a_row, b, first_row, finish, acc);
 }
 
-template <int rows, int at_once, Adjacent adjacent, class Start, class Finish>
+template <int rows, int vecs, int at_once, Adjacent adjacent, class Start, class Finish>
 static inline void dispatch_rows(int count, const Product& p, int64_t first_row, int64_t block, const Start& start,
                                  const Finish& finish) {
   if (count == rows) {
     if constexpr (at_once == 1)
-      return multiply_rows<rows, adjacent>(p, first_row, block, start, finish);
+      return multiply_rows<rows, vecs, adjacent>(p, first_row, block, start, finish);
     else if (first_row > 0 && adjacent == Adjacent::depth) // the first row block has brought B into a cache
-      return multiply_rows_in_steps<rows, at_once, adjacent, false>(p, first_row, block, start, finish);
+      return multiply_rows_in_steps<rows, vecs, at_once, adjacent, false>(p, first_row, block, start, finish);
     else
-      return multiply_rows_in_steps<rows, at_once, adjacent, true>(p, first_row, block, start, finish);
+      return multiply_rows_in_steps<rows, vecs, at_once, adjacent, true>(p, first_row, block, start, finish);
   }
-  if constexpr (rows > 1) dispatch_rows<rows - 1, at_once, adjacent>(count, p, first_row, block, start, finish);
+  if constexpr (rows > 1) dispatch_rows<rows - 1, vecs, at_once, adjacent>(count, p, first_row, block, start, finish);
 }
 
 static inline int64_t row_blocks(int64_t rows) {
@@ -170,14 +183,14 @@ static inline Later spread(const Soon& soon, int64_t rows, int64_t depth, const 
 
 // finish(row, acc) for every row of [0, rows), accumulators still in registers. Rows are shared out evenly over blocks, so that
 // no block is nearly empty. Steps of depth are taken `at_once`, which pays where there are many.
-template <int at_once = 1, Adjacent adjacent = Adjacent::unknown, class Start, class Finish>
+template <int vecs = kVecs, int at_once = 1, Adjacent adjacent = Adjacent::unknown, class Start, class Finish>
 static void for_each_row_block(int64_t rows, const Product& p, const Start& start, const Finish& finish) {
   const int64_t blocks = row_blocks(rows);
   if (blocks == 0) return;
   const int64_t each = rows / blocks, longer = rows % blocks;
   for (int64_t i = 0, begin = 0; i < blocks; ++i) {
     const int64_t count = each + (i < longer);
-    dispatch_rows<kRows, at_once, adjacent>(int(count), p, begin, i, start, finish);
+    dispatch_rows<kRows, vecs, at_once, adjacent>(int(count), p, begin, i, start, finish);
     begin += count;
   }
 }

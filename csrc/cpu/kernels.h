@@ -63,11 +63,11 @@ struct Kernels {
   void (*winograd_input)(const Image&, const TileRange&, const Points& v, bool stream);
   void (*winograd_grad_output)(const Image&, const TileRange&, int64_t c_begin, int64_t c_end, const Points& z, float* bias_sum);
   void (*winograd_filters)(const Filters&, int64_t block, float* u, bool stream);
-  void (*winograd_multiply)(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int point, bool add,
-                            const Soon&);
+  void (*winograd_multiply)(const Points& v, int64_t tiles, int64_t in, const float* u, int64_t channels, const Points& m,
+                            int point, bool add, const Soon&);
   bool (*winograd_output)(const Points& m, const TileRange&, int64_t block, const Output&);
-  void (*winograd_accumulate)(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
-                              float* s, const Soon&);
+  void (*winograd_accumulate)(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles,
+                              int64_t channels, bool first, float* s, const Soon&);
   bool (*winograd_grad_filters)(const float* s, int64_t block, const Filters& dw, bool stream);
 
   void (*direct_filters)(const Filters&, int64_t block, float* packed);

@@ -129,9 +129,11 @@ inline Plan plan_amx(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, c
   return plan;
 }
 
-// However small the image: one pixel takes 16 products with F(2), where direct takes 9, and still less time.
-inline const char* why_direct(int64_t in, int64_t out) {
-  return in < 16 || out < 16 ? "fewer than 16 channels do not share the transforms" : nullptr;
+// However small the image: one pixel takes 16 products with F(2), where direct takes 9, and still less time. The direct kernel's
+// vectors are as empty where outputs are few, and those of its gradient of the filters; the transforms' where inputs are.
+inline const char* why_direct(bool few_channels, Algorithm wanted) {
+  if (wanted == Algorithm::direct) return "asked for";
+  return few_channels && wanted != Algorithm::winograd ? "so few channels do not share the transforms" : nullptr;
 }
 
 // Passes over the filters, each of which makes them where they are used, or 0. M of a block of output channels stays in L2, and V,
@@ -184,7 +186,7 @@ inline Plan plan_pieces(int64_t tiles, int64_t in, int64_t out, const Machine& m
 // Forward and grad_input: n images of h x w, `in` channels read, `out` channels written.
 inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m, Algorithm wanted) {
   if (m.amx && dtype == DType::bf16 && wanted != Algorithm::winograd) return plan_amx(n, in, out, h, w, m);
-  const char* direct = wanted == Algorithm::direct ? "asked for" : wanted == Algorithm::winograd ? nullptr : why_direct(in, out);
+  const char* direct = why_direct(in < 8 || out < 5 || in * out <= 64, wanted);
   if (direct) return plan_direct(n, in, h, w, m.threads, direct);
   const int64_t tiles = tile_grid(n, h, w).count(), blocks = ceil_div(out, m.block);
   const Edges edges = edges_of(h, w);
@@ -260,7 +262,7 @@ inline Ranges fused_ranges(int64_t tiles, int64_t in, int64_t out, int64_t depth
 inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m,
                                     Algorithm wanted) {
   if (m.amx && dtype == DType::bf16 && wanted != Algorithm::winograd && in >= 16) return plan_amx_grad_weight(n, in, out, h, w, m);
-  const char* direct = wanted == Algorithm::direct ? "asked for" : wanted == Algorithm::winograd ? nullptr : why_direct(in, out);
+  const char* direct = why_direct(in < 8 || (in < 16 && out <= 8), wanted);
   if (direct) return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, 0, direct};
   const int64_t tiles = tile_grid(n, h, w).count(), blocks = ceil_div(out, m.block);
   const int64_t tile_bytes = 36 * 4 * (points_row(in, m) + points_row(out, m)), s_bytes = 36 * 4 * in * round_up(out, m.block);

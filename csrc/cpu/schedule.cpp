@@ -55,11 +55,11 @@ struct Sizes {
 };
 
 // M = V U of one point, or += with `add`, for those of the tiles that have it.
-void multiply(const Kernels& k, const TileRange& tiles, int point, const Points& v, int64_t in, const float* u, const Points& m,
-              bool add = false, const Soon& soon = {}) {
+void multiply(const Kernels& k, const TileRange& tiles, int point, const Points& v, int64_t in, const float* u, int64_t channels,
+              const Points& m, bool add = false, const Soon& soon = {}) {
   const TileRange some = tiles.with_point(point);
   const int64_t from = some.begin - tiles.begin;
-  if (some.count() > 0) k.winograd_multiply(v.from(from), some.count(), in, u, m.from(from), point, add, soon);
+  if (some.count() > 0) k.winograd_multiply(v.from(from), some.count(), in, u, channels, m.from(from), point, add, soon);
 }
 
 // U of all blocks. One that L2 does not keep would be read, line by line, only to be overwritten, and then come to each thread from
@@ -88,7 +88,7 @@ bool forward_tile_fused(const Kernels& k, const Plan& plan, const Image& x, cons
       for (int i = 0; i < 36; ++i) {
         for (int64_t t = i * count / 36; !out.stream && t < (i + 1) * count / 36; ++t)
           prefetch_output(k, out, grid.at(tiles.begin + t), b);
-        multiply(k, tiles, i, v, x.c, u + b * size.u, m, false, pieces.next());
+        multiply(k, tiles, i, v, x.c, u + b * size.u, w.out - b * k.block, m, false, pieces.next());
       }
       if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
     }
@@ -134,7 +134,7 @@ bool forward_channels_split(const Kernels& k, const Plan& plan, const Image& x, 
         // The filters that this thread is likely to need next: of the next channels, or of the next block.
         const bool last = end == x.c;
         for (int i = 0; i < 36; ++i)
-          multiply(k, tiles, i, {v.data + c, v.row, v.position}, end - c, u, m, c > 0,
+          multiply(k, tiles, i, {v.data + c, v.row, v.position}, end - c, u, w.out - b * k.block, m, c > 0,
                    output_filters(w, (last ? b + 1 : b) * k.block + i, last ? 0 : end, i < k.block ? plan.depth : 0));
       }
       if (!k.winograd_output(m, tiles, b, out)) finite.store(false, std::memory_order_relaxed);
@@ -159,7 +159,7 @@ bool forward_chunks_split(const Kernels& k, const Plan& plan, const Image& x, co
       const int64_t from = count * part / plan.splits;
       const TileRange some{tiles.grid, tiles.begin + from, tiles.begin + count * (part + 1) / plan.splits};
       const Points m{scratch(size.m), k.block, size.m_position};
-      for (int i = 0; i < 36; ++i) multiply(k, some, i, v.from(from), x.c, u + b * size.u, m);
+      for (int i = 0; i < 36; ++i) multiply(k, some, i, v.from(from), x.c, u + b * size.u, w.out - b * k.block, m);
       if (!k.winograd_output(m, some, b, out)) finite.store(false, std::memory_order_relaxed);
     });
   });

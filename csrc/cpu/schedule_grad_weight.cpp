@@ -102,16 +102,16 @@ struct GradWeight {
                              sums);
     }
   }
-  // sum, of one point and one block of output channels, = V^T Z of those of the tiles that have it, or += if that is not the first.
-  void accumulate(int point, const TileRange& tiles, const Points& v, int64_t channels, const Points& z, bool first, float* sum,
-                  const Soon& soon) const {
+  // sum, of one point and `block` of output channels, = V^T Z of those of the tiles that have it, or += if that is not the first.
+  void accumulate(int point, const TileRange& tiles, const Points& v, int64_t in, int64_t block, const Points& z, bool first,
+                  float* sum, const Soon& soon) const {
     const TileRange some = tiles.with_point(point);
     const int64_t from = some.begin - tiles.begin;
     if (some.count() > 0)
-      k.winograd_accumulate(v.from(from).data + point * v.position, v.row, channels, z.from(from).data + point * z.position, z.row,
-                            some.count(), first, sum, soon);
+      k.winograd_accumulate(v.from(from).data + point * v.position, v.row, in, z.from(from).data + point * z.position, z.row,
+                            some.count(), dz.c - block * k.block, first, sum, soon);
     else if (first)
-      std::fill(sum, sum + channels * k.block, 0.f);
+      std::fill(sum, sum + in * k.block, 0.f);
   }
   // S of one point and the blocks [begin, end) of output channels, whose Z is from z on. pieces: pieces_floats().
   void accumulate_blocks(int64_t part, int point, int64_t begin, int64_t end, const Points& v, Points z, const TileRange& tiles,
@@ -126,7 +126,7 @@ struct GradWeight {
                                  end - begin, first, sum, s_block, pieces);
     }
     for (int64_t block = begin; block < end; ++block, z.data += k.block, sum += s_block) // S is beyond L2
-      accumulate(point, tiles, v, x.c, z, first, sum, {reinterpret_cast<const char*>(sum), bytes});
+      accumulate(point, tiles, v, x.c, block, z, first, sum, {reinterpret_cast<const char*>(sum), bytes});
   }
   int64_t pieces_floats(int64_t blocks) const { return plan.pieces ? pieces_scratch(plan.tiles, blocks) : 0; }
 };
@@ -216,7 +216,7 @@ bool grad_filters_outputs_fused(const GradWeight& g, const Filters& dw, const Pa
       for (int64_t b = begin; b < end; ++b) {
         const Points z = z_of(b);
         for (int i = 0; i < 36; ++i)
-          g.accumulate(i, tiles, v, some.in, z, true, s + i * filters_position(some.in, k.block),
+          g.accumulate(i, tiles, v, some.in, b, z, true, s + i * filters_position(some.in, k.block),
                        {reinterpret_cast<const char*>(z.data + (i + 1) * z.position), z_bytes});
         if (!k.winograd_grad_filters(s, b, some, passes_caches(dw))) finite.store(false, std::memory_order_relaxed);
       }

@@ -198,9 +198,9 @@ static void winograd_filters(const Filters& w, int64_t block, float* u, bool str
   fence_streams();
 }
 
-// M[point][tiles][kBlock] = V U, or += V U with `add`, for one block of output channels.
-static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const float* u, const Points& m, int point, bool add,
-                              const Soon& soon) {
+// M[point][tiles][kBlock] = V U, or += V U with `add`, for one block of output channels, of which the first `channels` are needed.
+static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const float* u, int64_t channels, const Points& m,
+                              int point, bool add, const Soon& soon) {
   float *a = v.data + point * v.position, *out = m.data + point * m.position;
   // Ahead is the next rows' V: a line of each, then their next lines.
   const Product product{{a, v.row, 1, 0},
@@ -209,14 +209,17 @@ static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const 
                         1,
                         {kRows * v.row, v.row, 16 - 16 * v.row},
                         spread(soon, tiles, in, a)};
-  const auto finish = [out, row = m.row](int64_t t, const Vec(&acc)[kVecs]) {
-    for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * row + k * Vec::width);
-  };
-  if (add)
-    for_each_row_block<kSteps, Adjacent::depth>(
-        tiles, product, [&](int64_t t, int k) { return Vec::load(out + t * m.row + k * Vec::width); }, finish);
-  else
-    for_each_row_block<kSteps, Adjacent::depth>(tiles, product, StartAtZero(), finish);
+  with_vecs(channels, [&](auto some) {
+    constexpr int vecs = decltype(some)::count;
+    const auto finish = [out, row = m.row](int64_t t, const Vec(&acc)[kVecs]) {
+      for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * row + k * Vec::width);
+    };
+    if (add)
+      for_each_row_block<vecs, kSteps, Adjacent::depth>(
+          tiles, product, [&](int64_t t, int k) { return Vec::load(out + t * m.row + k * Vec::width); }, finish);
+    else
+      for_each_row_block<vecs, kSteps, Adjacent::depth>(tiles, product, StartAtZero(), finish);
+  });
 }
 
 // A^T M A of one tile and one vector of channels; point (i, j) of M is at m + (6 * i + j) * position.

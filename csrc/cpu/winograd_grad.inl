@@ -58,15 +58,19 @@ static void winograd_grad_output(const Image& dz, const TileRange& tiles, int64_
   grad_output_region<T, 2, 2>(dz, tiles, tiles.grid.corner(), begin, end, z, bias_sum);
 }
 
-// S[in][kBlock] of one of the 36 points and one block of output channels = V^T Z, or += if that is not the first.
-static void winograd_accumulate(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles, bool first,
-                                float* s, const Soon& soon) {
+// S[in][kBlock] of one of the 36 points and one block of output channels = V^T Z, or += if that is not the first. Of the block the
+// first `channels` are there, and Z and S of the others zero.
+static void winograd_accumulate(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles,
+                                int64_t channels, bool first, float* s, const Soon& soon) {
   const Product product{{v, 1, v_row, 0}, {z, z_row, 0}, tiles, 1, {kAhead * v_row, v_row, 0}, spread(soon, in, tiles, v)};
-  for_each_row_block<kSteps, Adjacent::rows>(in, product, StartAtZero(), [s, first](int64_t c, const Vec(&acc)[kVecs]) {
-    for (int k = 0; k < kVecs; ++k) {
-      float* p = s + c * kBlock + k * Vec::width;
-      (first ? acc[k] : Vec::load(p) + acc[k]).store(p);
-    }
+  with_vecs(channels, [&](auto some) {
+    constexpr int vecs = decltype(some)::count;
+    for_each_row_block<vecs, kSteps, Adjacent::rows>(in, product, StartAtZero(), [s, first](int64_t c, const Vec(&acc)[kVecs]) {
+      for (int k = 0; k < kVecs; ++k) {
+        float* p = s + c * kBlock + k * Vec::width;
+        (first ? acc[k] : Vec::load(p) + acc[k]).store(p);
+      }
+    });
   });
 }
 
