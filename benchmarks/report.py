@@ -1,4 +1,5 @@
-"""Write README's section on speed, that of losses in docs/features.md and the pictures from the data in benchmarks/results:
+"""Write README's section on speed, that of losses in docs/features.md, that of other layers in docs/numerics.md and the pictures
+from the data in benchmarks/results:
 
     python benchmarks/report.py
 
@@ -11,12 +12,13 @@ from __future__ import annotations
 from os.path import relpath
 from pathlib import Path
 
-from vggfast.bench import elsewhere, loss_report, plots, report, results
+from vggfast.bench import elsewhere, loss_report, plots, report, results, shape_report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 README = ROOT / "README.md"
 FEATURES = ROOT / "docs/features.md"
+NUMERICS = ROOT / "docs/numerics.md"
 README_DEVICE = "amd-epyc-zen4-2core"
 BEGIN = "<!-- written by python benchmarks/report.py from benchmarks/results; do not edit -->"
 END = "<!-- end of what benchmarks/report.py writes -->"
@@ -49,11 +51,20 @@ def losses_section(folder: Path) -> str:
     return loss_report.markdown(results.load_folder(folder), pictures(folder, plots.LOSS_PICTURES, FEATURES))
 
 
+def shapes_section(folder: Path) -> str:
+    """The same of docs/numerics.md."""
+    return shape_report.markdown(results.load_folder(folder)) if folder.is_dir() else shape_report.NOTHING
+
+
 def pages(folder: Path) -> dict[Path, str]:
     """Each page with its section replaced by that of the device of ``folder``."""
     return {
         page: report.splice(page.read_text(), text, BEGIN, END)
-        for page, text in ((README, section(folder)), (FEATURES, losses_section(folder)))
+        for page, text in (
+            (README, section(folder)),
+            (FEATURES, losses_section(folder)),
+            (NUMERICS, shapes_section(folder)),
+        )
     }
 
 

@@ -189,7 +189,7 @@ def test_every_part_has_groups_with_names_of_their_own(device, full):
     names = [group.id for part in suites.PARTS for group in suites.groups(part, device, 2, full)]
     assert len(names) == len(set(names))
     for part in suites.PARTS:
-        assert suites.groups(part, device, 2, full) or part in ("compiled", "threads")
+        assert suites.groups(part, device, 2, full) or part in ("compiled", "shapes", "threads")
         assert suites.QUICK[part].seconds <= suites.FULL[part].seconds
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vggfast.models
 from vggfast.bench import BenchError
-from vggfast.bench.layers import CONFIGS, FULLY_CONNECTED, VGG16_LAYERS, Layer, conv_layers
+from vggfast.bench.layers import CONFIGS, FULLY_CONNECTED, OTHER_LAYERS, VGG16_LAYERS, Layer, conv_layers
 
 Task = Literal[
     "inference", "training", "lpips", "perceptual", "forward", "grad_input", "grad_weight", "forward+backward"
@@ -31,7 +31,7 @@ Outputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """``subject`` is vgg11 … vgg19, a layer of VGG16 (conv3_2), or "module:function" that builds a network for [N, 3, size, size].
+    """``subject`` is vgg11 … vgg19, a layer of VGG16 (conv3_2), one of OTHER_LAYERS (64to12at112), or "module:function" that builds a network for [N, 3, size, size].
 
     dtype "bf16" is bfloat16 weights and activations for inference and layers, autocast for training. Training is forward,
     cross-entropy and backward, without the optimizer's step. "lpips" and "perceptual" are losses on features, of images beside
@@ -61,7 +61,8 @@ class Case:
 
     @property
     def layer(self) -> Layer | None:
-        return next((layer for layer in VGG16_LAYERS if layer.name == self.subject), None)
+        others = [layer for layer, _ in OTHER_LAYERS]
+        return next((layer for layer in [*VGG16_LAYERS, *others] if layer.name == self.subject), None)
 
     def with_dtype(self, dtype: Literal["fp32", "bf16"]) -> Case:
         return replace(self, dtype=dtype)

@@ -54,3 +54,29 @@ def conv_layers(model: str, size: int = 224) -> list[Layer]:
 
 
 VGG16_LAYERS = conv_layers("vgg16")
+
+
+def _other(c_in: int, c_out: int, size: int) -> Layer:
+    return Layer(f"{c_in}to{c_out}at{size}", c_in, c_out, size, pool=False)
+
+
+# Layers of other networks, and of VGG on other images, with the batch that they are measured at: few channels, as small networks and
+# the ends of decoders have them; numbers that fill no block; U-Nets; SSD's images of 300x300; images of 64x64 and 32x32.
+OTHER_LAYERS = [
+    (_other(3, 16, 224), 8),
+    (_other(8, 16, 112), 8),
+    (_other(16, 16, 112), 8),
+    (_other(16, 32, 112), 8),
+    (_other(64, 12, 112), 8),
+    (_other(64, 3, 112), 8),
+    (_other(48, 48, 112), 8),
+    (_other(96, 192, 56), 8),
+    (_other(320, 320, 64), 1),
+    (_other(768, 256, 28), 8),
+    (_other(64, 64, 300), 1),
+    (_other(512, 512, 38), 1),
+    (_other(256, 256, 16), 32),
+    (_other(64, 64, 32), 128),
+    (_other(512, 512, 4), 128),
+    (_other(512, 512, 2), 128),
+]

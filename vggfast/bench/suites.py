@@ -7,11 +7,11 @@ from typing import Literal
 
 from vggfast.bench.cases import LAYER_TASKS, LOSSES, Case
 from vggfast.bench.contenders import VGGFAST, families
-from vggfast.bench.layers import CONFIGS, VGG16_LAYERS
+from vggfast.bench.layers import CONFIGS, OTHER_LAYERS, VGG16_LAYERS
 from vggfast.bench.measure import Effort, Entry, Group, compare, with_fewer_threads
 from vggfast.bench.networks import SMALL
 
-PARTS = ("inference", "training", "perceptual", "layers", "memory", "compiled", "threads")
+PARTS = ("inference", "training", "perceptual", "layers", "shapes", "memory", "compiled", "threads")
 
 # At most seven rounds of a few runs: CI has three minutes for everything.
 QUICK = {
@@ -19,6 +19,7 @@ QUICK = {
     "training": Effort(min_rounds=3, max_rounds=5, seconds=6, turn_s=0.02),
     "perceptual": Effort(min_rounds=3, max_rounds=5, seconds=4, turn_s=0.02),
     "layers": Effort(min_rounds=3, max_rounds=7, seconds=0.4, turn_s=0.005),
+    "shapes": Effort(min_rounds=3, max_rounds=7, seconds=0.4, turn_s=0.005),
     "memory": Effort(1, 1, 1, 0.02),
     "compiled": Effort(min_rounds=3, max_rounds=7, seconds=0.4, turn_s=0.005),
     "threads": Effort(min_rounds=3, max_rounds=7, seconds=2, turn_s=0.02),
@@ -28,6 +29,7 @@ FULL = {
     "training": Effort(min_rounds=7, max_rounds=15, seconds=60, turn_s=0.3),
     "perceptual": Effort(min_rounds=7, max_rounds=15, seconds=60, turn_s=0.3),
     "layers": Effort(min_rounds=7, max_rounds=15, seconds=3, turn_s=0.05),
+    "shapes": Effort(min_rounds=7, max_rounds=15, seconds=3, turn_s=0.05),
     "memory": Effort(1, 1, 1, 0.02),
     "compiled": Effort(min_rounds=7, max_rounds=15, seconds=3, turn_s=0.05),
     "threads": Effort(min_rounds=7, max_rounds=15, seconds=40, turn_s=0.3),
@@ -41,6 +43,7 @@ def groups(part: str, device: str, threads: int, full: bool, against: list[str] 
         "training": _training,
         "perceptual": _perceptual,
         "layers": _layers,
+        "shapes": _shapes,
         "memory": _memory,
         "compiled": _compiled,
         "threads": _threads,
@@ -61,14 +64,15 @@ def _with(case: Case, device: str, threads: int) -> Case:
 
 
 def _against(case: Case, full: bool, part: str) -> list[str] | None:
-    """Networks other than VGG16 meet torch only: what VGG16 shows of the others holds for them. In the quick form inference alone
-    meets everybody, since the others take long to set up. Layers on a GPU meet torch.compile in a part of their own, and
-    kernels that no GPU has proven where they are named."""
+    """Networks other than VGG16, and layers of others, meet torch only: what VGG16 shows of the others holds for them; its
+    convolutions on images of 32x32 meet torch.compile, too. In the quick form inference alone meets everybody, since the
+    others take long to set up. Layers on a GPU meet torch.compile in a part of their own, and kernels that no GPU has
+    proven where they are named."""
     if part == "layers" and case.device == "cuda":
         return [family for family in families() if family not in ("compile", "autotune", "patch")]
     if case.subject == SMALL:
         return ["torch", "compile"]
-    others = case.subject in CONFIGS and case.subject != "vgg16"
+    others = part == "shapes" or (case.subject in CONFIGS and case.subject != "vgg16")
     if not full and case.task in LOSSES:
         return ["torch", "lpips"]
     return ["torch"] if others or (not full and case.task == "training" and case.device == "cpu") else None
@@ -133,6 +137,16 @@ def _layers(device: str, full: bool) -> Iterator[Case]:
             for task in LAYER_TASKS[:3]:
                 if task != "grad_input" or layer.c_in != 3:
                     yield Case(layer.name, task, 32, "fp32")
+
+
+def _shapes(device: str, full: bool) -> Iterator[Case]:
+    """On CPUs; in the quick form those whose plans no layer of VGG16 has: few channels, and numbers that fill half a block."""
+    if device == "cuda":
+        return
+    for layer, batch in OTHER_LAYERS:
+        for task in LAYER_TASKS[:3]:
+            if (full or layer.name in ("64to12at112", "48to48at112")) and (task != "grad_input" or layer.c_in != 3):
+                yield Case(layer.name, task, batch, "fp32")
 
 
 def _memory(device: str, full: bool) -> Iterator[Case]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vggfast.bench.contenders import VGGFAST
-from vggfast.bench.layers import VGG16_LAYERS
+from vggfast.bench.layers import OTHER_LAYERS, VGG16_LAYERS
 from vggfast.bench.measure import CONTROL, Group, Listener
 from vggfast.bench.results import WHY_NOT, Json
 from vggfast.bench.stats import ratios
@@ -122,7 +122,7 @@ def _why(group: Json, label: str) -> str:
 
 def tables(groups: list[Json]) -> Iterator[Table]:
     """Networks group by group, layers gathered by task."""
-    names = {layer.name: i for i, layer in enumerate(VGG16_LAYERS)}
+    names = {layer.name: i for i, layer in enumerate([*VGG16_LAYERS, *(layer for layer, _ in OTHER_LAYERS)])}
     gathered: dict[tuple[Any, ...], list[Json]] = {}
     for group in groups:
         case = group["case"]
