@@ -262,7 +262,7 @@ inline Ranges fused_ranges(int64_t tiles, int64_t in, int64_t out, int64_t depth
 inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m,
                                     Algorithm wanted) {
   if (m.amx && dtype == DType::bf16 && wanted != Algorithm::winograd && in >= 16) return plan_amx_grad_weight(n, in, out, h, w, m);
-  const char* direct = why_direct(in < 8 || (in < 16 && out <= 8), wanted);
+  const char* direct = why_direct(in < 12, wanted);
   if (direct) return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, 0, direct};
   const int64_t tiles = tile_grid(n, h, w).count(), blocks = ceil_div(out, m.block);
   const int64_t tile_bytes = 36 * 4 * (points_row(in, m) + points_row(out, m)), s_bytes = 36 * 4 * in * round_up(out, m.block);
