@@ -53,7 +53,8 @@ def losses_section(folder: Path) -> str:
 
 def shapes_section(folder: Path) -> str:
     """The same of docs/numerics.md."""
-    return shape_report.markdown(results.load_folder(folder)) if folder.is_dir() else shape_report.NOTHING
+    path = folder / "shapes.json"
+    return shape_report.markdown(results.load(path)) if path.exists() else shape_report.NOTHING
 
 
 def pages(folder: Path) -> dict[Path, str]:
