@@ -46,12 +46,13 @@ def main() -> None:
     console = Console(width=None if Console().is_terminal else 160)
     against = chosen.against.split(",") if chosen.against else None
     for part in suites.PARTS if chosen.part == "all" else [chosen.part]:
-        groups = suites.groups(part, chosen.device, chosen.threads, not chosen.quick, against)
-        groups = [group for group in groups if re.search(chosen.only, group.id)]
+        every = suites.groups(part, chosen.device, chosen.threads, not chosen.quick, against)
+        groups = [group for group in every if re.search(chosen.only, group.id)]
         if groups:
             measure(groups, chosen, console, begin + chosen.seconds)
         else:
-            console.print(f"{part}: no group's name matches {chosen.only!r}", highlight=False)
+            why = f"no group's name matches {chosen.only!r}" if every else f"not measured on {chosen.device}"
+            console.print(f"{part}: {why}", highlight=False)
 
 
 def measure(groups: list[Group], chosen: argparse.Namespace, console: Console, deadline: float) -> None:

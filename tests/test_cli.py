@@ -68,6 +68,13 @@ def test_the_help_of_train_says_what_its_options_apply_to():
     assert "digits, mnist and fake keep their model, size and augmentation" in shown
 
 
+def test_a_benchmark_with_more_threads_than_there_are_cpus_is_refused():
+    result = run("bench", "--threads", "99999")
+    assert result.exit_code == 2
+    assert "--threads" in result.stderr
+    assert "Invalid value" in result.stderr
+
+
 # ---- info ----------------------------------------------------------------------------------------------------------
 
 

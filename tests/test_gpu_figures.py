@@ -98,6 +98,21 @@ def record(monkeypatch: pytest.MonkeyPatch) -> object:
     return found
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--part", "threads", "--device", "cuda"], "threads: not measured on cuda\n"),
+        (["--part", "inference", "--only", "vgg17"], "inference: no group's name matches 'vgg17'\n"),
+    ],
+)
+def test_a_recording_without_groups_says_why(
+    record, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["record.py", *arguments])
+    record.main()
+    assert capsys.readouterr().out == said
+
+
 def test_every_group_is_written_when_it_is_done(record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that fails does not take the others along, and what is out of time is named."""
     chosen = argparse.Namespace(output=tmp_path, device="cpu", threads=1, quick=False, quick_rounds=True)

@@ -67,6 +67,7 @@ def test_the_papers_recipe_is_the_papers_and_that_of_folders_and_shards():
         ({"schedule": "step"}, "schedule: expected one of cosine, plateau, got 'step'"),
         ({"ema": 1.0}, "ema: expected a number >= 0 and < 1, got 1.0"),
         ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
+        ({"threads": 99_999}, "threads: expected at most 1024, got 99999"),
         ({"preset": "old"}, "recipe: expected one of paper, modern, got 'old'"),
     ],
 )

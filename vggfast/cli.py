@@ -214,7 +214,9 @@ def bench(
             help="Rivals, with commas: torch, compile, onnxruntime, openvino, ncnn; on a GPU also cudagraph, cudnn, jax."
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of every contender.")] = min(2, os.cpu_count() or 1),
+    threads: Annotated[int, typer.Option(min=1, max=os.cpu_count(), help="CPU threads of every contender.")] = min(
+        2, os.cpu_count() or 1
+    ),
     layers: Annotated[bool, typer.Option("--layers", help="VGG16's convolutions one by one.")] = False,
     train: Annotated[bool, typer.Option("--train", help="A training step; with --layers the gradients too.")] = False,
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory and saved activations too.")] = False,

@@ -50,6 +50,8 @@ LEAST = {
     "accumulate": 1, "patience": 0,
 }  # fmt: skip
 
+MOST_THREADS = 1024  # a pool of more takes minutes to start, and no machine runs it: a slip of the hand
+
 # Settings that may differ between the run that wrote a checkpoint and the one that resumes from it: they change no result.
 FREE_SETTINGS = {"output", "device", "threads", "workers", "save_every", "tensorboard", "gradient_checkpointing"}
 
@@ -122,6 +124,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RecipeError(f"{name}: expected at least {least}, got {value}")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise RecipeError(f"threads: expected at most {MOST_THREADS}, got {self.threads}")
         for name, choices in (
             ("model", MODELS),
             ("amp", tuple(AMP_DTYPES)),
