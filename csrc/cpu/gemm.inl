@@ -42,14 +42,15 @@ struct StartAtZero {
 enum class Adjacent { unknown, depth, rows };
 
 // Of a block's vectors of output channels, `vecs` are multiplied; the others' sums are zero. run(Vecs<vecs>()) takes half of them
-// where no more channels are there: of few outputs, and of the last block of more.
+// where no more channels are there: of few outputs, and of the last block of more. Blocks of 8 are not worth the larger extension.
 template <int vecs>
 struct Vecs {
   static constexpr int count = vecs;
 };
 template <class Run>
 static inline void with_vecs(int64_t channels, const Run& run) {
-  if (channels <= kVecs / 2 * Vec::width) return run(Vecs<kVecs / 2>());
+  if constexpr (kBlock > 8)
+    if (channels <= kBlock / 2) return run(Vecs<kVecs / 2>());
   run(Vecs<kVecs>());
 }
 
