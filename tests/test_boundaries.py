@@ -230,6 +230,28 @@ def test_the_plan_of_a_direct_filter_gradient_names_no_bands() -> None:
     assert plan == "direct: so few channels do not share the transforms"
 
 
+@pytest.mark.parametrize(
+    ("c_in", "c_out", "forward", "grad_weight"),
+    [
+        (7, 64, "direct", "direct"),
+        (8, 8, "direct", "direct"),
+        (8, 9, "winograd", "direct"),
+        (12, 5, "direct", "winograd"),
+        (13, 5, "winograd", "winograd"),
+        (64, 4, "direct", "winograd"),
+        (11, 64, "winograd", "direct"),
+        (12, 64, "winograd", "winograd"),
+    ],
+)
+def test_few_channels_by_either_algorithm(isa: str, c_in: int, c_out: int, forward: str, grad_weight: str) -> None:
+    """On both sides of where the plan changes, and half a block of outputs or a last half with each of them."""
+    assert _C.cpu_plan("forward", 2, c_in, c_out, 9, 11).startswith(forward)
+    assert _C.cpu_plan("grad_weight", 2, c_in, c_out, 9, 11).startswith(grad_weight)
+    for more in (0, 32):
+        x, weight, bias = problem(2, c_in, c_out + more, 9, 11, grad=True)
+        check_against_float64(x, weight, bias, normal(2, c_out + more, 9, 11), relu=True, pool=False, algo="winograd")
+
+
 def test_sums_are_fused_for_any_number_of_threads_that_find_work(isa: str) -> None:
     """Numbers that divide no number of ranges leave some waiting; only more threads than there are ranges share V and Z."""
     for threads in range(1, 33):
