@@ -60,14 +60,19 @@ def _fold(bn: nn.BatchNorm2d, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return (weight.float() * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
 
 
-def find_run(children: tuple[nn.Module, ...], start: int, x: Any) -> tuple[Run | None, str]:
-    """The longest run that starts at `start` and takes x, or None; and why the next child is not part of it."""
+def find_run(children: tuple[nn.Module, ...], start: int, x: Any, own: bool = False) -> tuple[Run | None, str]:
+    """The longest run that starts at `start` and takes x, or None; and why the next child is not part of it.
+
+    `own`: nobody else has x, or sees that an in-place ReLU did not overwrite it.
+    """
     first = children[start]
     if type(first) is nn.MaxPool2d:
         reason = child_obstacle(first) or _input_obstacle(x) or _pool_obstacle(first, x)
         return (None if reason else Run("max_pool2x2", 1, pool=first)), reason
     if type(first) is nn.Linear:
         return _find_linear_run(first, children[start + 1 : start + 2], x)
+    if type(first) is nn.ReLU:
+        return _find_relu_run(first, children[start + 1 : start + 2], x, own)
     if type(first) is not nn.Conv2d:
         return None, child_obstacle(first)
     weight, bias = first.weight, first.bias
@@ -97,6 +102,19 @@ def _find_linear_run(first: nn.Linear, after: tuple[nn.Module, ...], x: Any) -> 
     if after and type(after[0]) is nn.ReLU and not (reason := child_obstacle(after[0])):
         relu = after[0]
     return Run("linear", 1 + (relu is not None), first.weight, first.bias, relu=relu), reason
+
+
+def _find_relu_run(relu: nn.ReLU, after: tuple[nn.Module, ...], x: Any, own: bool) -> tuple[Run | None, str]:
+    """ReLU and a pool, as behind a BatchNorm in training: the largest of a window is known before ReLU, which then has a quarter of
+    the values to do, and autograd as many to keep. One channel is left out: its strides fit two memory formats."""
+    if reason := child_obstacle(relu):
+        return None, reason
+    pool = after[0] if after else None
+    if type(pool) is not nn.MaxPool2d or (relu.inplace and not own):
+        return None, ""
+    if child_obstacle(pool) or _input_obstacle(x) or x.shape[1] == 1 or _pool_obstacle(pool, x):
+        return None, ""
+    return Run("max_pool2x2", 2, relu=relu, pool=pool), ""
 
 
 def context_obstacle() -> str:
