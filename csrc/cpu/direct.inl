@@ -56,27 +56,56 @@ static void direct_filters(const Filters& w, int64_t block, float* packed) {
 
 static constexpr int64_t kDirectChain = 256; // products summed before their sum is added to the rest: long chains round more
 
-// finish(pixel, sums) for one output row and one block of output channels; parts: [W][kBlock] floats for the sums so far.
+// The sums of one output row and one block of output channels, [W][kBlock], in several chains.
+template <int vecs>
+static void direct_chains(const float* rows, int64_t width, int64_t in, const float* packed, float* sums) {
+  const int64_t row_size = (width + 2) * in, depth = 3 * in, chains = (depth + kDirectChain - 1) / kDirectChain;
+  for (int64_t i = 0; i < 3 * chains; ++i) {
+    const int64_t r = i / chains, begin = depth * (i % chains) / chains, end = depth * (i % chains + 1) / chains;
+    const Product product{{rows + r * row_size + begin, in, 1, 0}, {packed + (r * depth + begin) * kBlock, kBlock, 0}, end - begin};
+    for_each_row_block<vecs>(width, product, StartAtZero(), [sums, i](int64_t w, const Vec(&acc)[kVecs]) {
+      for (int v = 0; v < kVecs; ++v) {
+        float* sum = sums + w * kBlock + v * Vec::width;
+        (i == 0 ? acc[v] : Vec::load(sum) + acc[v]).store(sum);
+      }
+    });
+  }
+}
+
+// finish(pixel, sums) for one output row and one block of output channels; sums: [W][kBlock] floats for those of several chains,
+// which do not meet each kind of finish in products of its own: they would be most of the extension.
 template <int vecs, class Finish>
-static inline void direct_row(const float* rows, int64_t width, int64_t in, const float* packed, float* parts,
+static inline void direct_row(const float* rows, int64_t width, int64_t in, const float* packed, float* sums,
                               const Finish& finish) {
   const int64_t row_size = (width + 2) * in, depth = 3 * in;
   if (3 * depth <= kDirectChain + 32) { // to 32 channels: one chain
     const Product product{{rows, in, 1, row_size}, {packed, kBlock, depth * kBlock}, depth, 3};
     return for_each_row_block<vecs>(width, product, StartAtZero(), finish);
   }
-  const int64_t chains = (depth + kDirectChain - 1) / kDirectChain;
-  for (int64_t i = 0; i < 3 * chains; ++i) {
-    const int64_t r = i / chains, begin = depth * (i % chains) / chains, end = depth * (i % chains + 1) / chains;
-    const Product product{{rows + r * row_size + begin, in, 1, 0}, {packed + (r * depth + begin) * kBlock, kBlock, 0}, end - begin};
-    for_each_row_block<vecs>(width, product, StartAtZero(), [&](int64_t w, const Vec(&acc)[kVecs]) {
-      float* part = parts + w * kBlock;
-      Vec sums[kVecs];
-      for (int v = 0; v < kVecs; ++v) sums[v] = i == 0 ? acc[v] : Vec::load(part + v * Vec::width) + acc[v];
-      if (i == 3 * chains - 1) return finish(w, sums);
-      for (int v = 0; v < kVecs; ++v) sums[v].store(part + v * Vec::width);
-    });
+  direct_chains<vecs>(rows, width, in, packed, sums);
+  for (int64_t w = 0; w < width; ++w) {
+    Vec acc[kVecs];
+    for (int v = 0; v < kVecs; ++v) acc[v] = Vec::load(sums + w * kBlock + v * Vec::width);
+    finish(w, acc);
   }
+}
+
+// A finish: bias and ReLU, and a whole block to pixels `pixel` values apart.
+template <class T>
+struct StoreBlocks {
+  Epilogue epilogue[kVecs];
+  T* line;
+  int64_t pixel;
+  void operator()(int64_t w, const Vec (&acc)[kVecs]) const {
+    for (int v = 0; v < kVecs; ++v) epilogue[v](acc[v]).store(line + w * pixel + v * Vec::width);
+  }
+};
+
+template <class T>
+static inline StoreBlocks<T> to_blocks(const Epilogue (&epilogue)[kVecs], T* line, int64_t pixel) {
+  StoreBlocks<T> made{{}, line, pixel};
+  for (int v = 0; v < kVecs; ++v) made.epilogue[v] = epilogue[v];
+  return made;
 }
 
 // Pools two rows of fp32 pixels [2][W][channels ...] into row ph of the output, channels [k0, k0 + count).
@@ -98,8 +127,8 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
                         float* scratch) {
   const int64_t row_size = (x.w + 2) * x.c;
   for (int64_t h = h_begin - 1; h <= h_end; ++h) load_row<T>(x, n, h, scratch + (h - h_begin + 1) * row_size);
-  float* parts = scratch + (h_end - h_begin + 2) * row_size;
-  float* full = parts + x.w * kBlock; // [2][W][kBlock], before pooling
+  float* sums = scratch + (h_end - h_begin + 2) * row_size;
+  float* full = sums + x.w * kBlock; // [2][W][kBlock], before pooling
   for (int64_t block = 0; block * kBlock < out.c; ++block) {
     const int64_t k0 = block * kBlock;
     const float* filters = packed + block * 9 * x.c * kBlock;
@@ -113,7 +142,7 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
         if constexpr (std::is_same_v<T, float>) {
           if (out.stream) {
             with_vecs(rest, [&](auto some) {
-              direct_row<decltype(some)::count>(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
+              direct_row<decltype(some)::count>(rows, x.w, x.c, filters, sums, [=](int64_t w, const Vec(&acc)[kVecs]) {
                 for (int v = 0; v < decltype(some)::count && v * Vec::width < rest; ++v)
                   epilogue[v](acc[v]).stream(line + w * pixel + v * Vec::width);
               });
@@ -122,12 +151,10 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
           }
         }
         if (rest >= kBlock) // a vector cut short may be a call, for which all sums would have to leave their registers
-          direct_row<kVecs>(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
-            for (int v = 0; v < kVecs; ++v) epilogue[v](acc[v]).store(line + w * pixel + v * Vec::width);
-          });
+          direct_row<kVecs>(rows, x.w, x.c, filters, sums, to_blocks(epilogue, line, pixel));
         else
           with_vecs(rest, [&](auto some) {
-            direct_row<decltype(some)::count>(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
+            direct_row<decltype(some)::count>(rows, x.w, x.c, filters, sums, [=](int64_t w, const Vec(&acc)[kVecs]) {
               for (int v = 0; v < decltype(some)::count && v * Vec::width < rest; ++v)
                 store_lanes(epilogue[v](acc[v]), line + w * pixel + v * Vec::width, lanes_from(v * Vec::width, rest));
             });
@@ -136,8 +163,8 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
       }
       if (h / 2 >= out.h / 2) continue; // an odd last row is in no window
       float* line = full + h % 2 * x.w * kBlock;
-      direct_row<kVecs>(rows, x.w, x.c, filters, parts, [=](int64_t w, const Vec(&acc)[kVecs]) {
-        for (int v = 0; v < kVecs; ++v) epilogue[v](acc[v]).store(line + w * kBlock + v * Vec::width);
+      with_vecs(out.c - k0, [&](auto some) {
+        direct_row<decltype(some)::count>(rows, x.w, x.c, filters, sums, to_blocks(epilogue, line, kBlock));
       });
       if (h % 2 == 1) pool_row<T>(out, full, x.w * kBlock, kBlock, n, h / 2, k0, kBlock);
     }
@@ -164,6 +191,21 @@ static void few_filters(const Filters& w, float* packed) {
       }
 }
 
+// Of a row of pixels [pixels][in] with the filters of all taps, to [pixels][columns].
+static void few_products(const float* row, int64_t pixels, int64_t in, const float* packed, int64_t columns, float* products) {
+  for (int64_t k = 0; k < columns; k += kBlock)
+    for (int64_t c = 0; c < in; c += kDirectChain) {
+      const int64_t depth = in - c < kDirectChain ? in - c : kDirectChain;
+      const Product product{{row + c, in, 1, 0}, {packed + k * in + c * kBlock, kBlock, 0}, depth, 1, {kRows * in, 16, 0}};
+      for_each_row_block(pixels, product, StartAtZero(), [=](int64_t w, const Vec(&acc)[kVecs]) {
+        for (int v = 0; v < kVecs; ++v) {
+          float* p = products + w * columns + k + v * Vec::width;
+          (c ? Vec::load(p) + acc[v] : acc[v]).store(p);
+        }
+      });
+    }
+}
+
 // Output rows [h_begin, h_end) of image n; h_begin is even. scratch: an input row, the products of three, two rows to pool.
 template <class T>
 static void few_rows(const Image& x, const float* packed, const Output& out, int64_t n, int64_t h_begin, int64_t h_end,
@@ -173,17 +215,7 @@ static void few_rows(const Image& x, const float* packed, const Output& out, int
   for (int64_t h = h_begin - 1; h <= h_end; ++h) {
     load_row<T>(x, n, h, row);
     float* of_row = products + (h + 3) % 3 * row_size;
-    for (int64_t k = 0; k < columns; k += kBlock)
-      for (int64_t c = 0; c < x.c; c += kDirectChain) {
-        const int64_t depth = x.c - c < kDirectChain ? x.c - c : kDirectChain;
-        const Product product{{row + c, x.c, 1, 0}, {packed + k * x.c + c * kBlock, kBlock, 0}, depth, 1, {kRows * x.c, 16, 0}};
-        for_each_row_block(pixels, product, StartAtZero(), [&](int64_t w, const Vec(&acc)[kVecs]) {
-          for (int v = 0; v < kVecs; ++v) {
-            float* p = of_row + w * columns + k + v * Vec::width;
-            (c ? Vec::load(p) + acc[v] : acc[v]).store(p);
-          }
-        });
-      }
+    few_products(row, pixels, x.c, packed, columns, of_row);
     if (h <= h_begin) continue; // output row h - 1 needs the rows around it
     const int64_t y = h - 1;
     for (int64_t k = 0; k < out.c; k += Vec::width) {
@@ -228,6 +260,19 @@ static void load_gradient_row(const Image& dz, int64_t n, int64_t h, int64_t pad
     }
 }
 
+// Adds the products of a padded row of pixels and one of gradients, of `channels` of a block, to sum[3][in][kBlock].
+static void direct_grad_products(const float* row, int64_t in, const float* gradient, int64_t pixel, int64_t width,
+                                 int64_t channels, float* sum) {
+  const Product product{{row, 1, in, 0}, {gradient, pixel, 0}, width};
+  with_vecs(channels, [&](auto some) {
+    constexpr int vecs = decltype(some)::count;
+    for_each_row_block<vecs>(3 * in, product, StartAtZero(), [sum](int64_t tap, const Vec(&acc)[kVecs]) {
+      float* p = sum + tap * kBlock;
+      for (int v = 0; v < vecs; ++v) (Vec::load(p + v * Vec::width) + acc[v]).store(p + v * Vec::width);
+    });
+  });
+}
+
 // Adds the rows [begin, end) of N * H to sum[block][9][in][kBlock] of the blocks [block_begin, block_end) of output channels, and
 // to bias[K padded to whole blocks], which may be null. scratch: 3 input rows, one gradient row [W][K padded], one unpadded
 // gradient row.
@@ -244,15 +289,8 @@ static void direct_grad_rows(const Image& x, const Image& dz, int64_t begin, int
     for (int r = 0; r < 3; ++r)
       for (int64_t block = block_begin; block < block_end; ++block) {
         const float* row = scratch + (h - 1 + r + 3) % 3 * row_size;
-        float* of_row = sum + (block * 9 + r * 3) * x.c * kBlock;
-        const Product product{{row, 1, x.c, 0}, {gradient + block * kBlock, padded, 0}, x.w};
-        with_vecs(dz.c - block * kBlock, [&](auto some) {
-          constexpr int vecs = decltype(some)::count;
-          for_each_row_block<vecs>(3 * x.c, product, StartAtZero(), [&](int64_t tap, const Vec(&acc)[kVecs]) {
-            float* p = of_row + tap * kBlock;
-            for (int v = 0; v < vecs; ++v) (Vec::load(p + v * Vec::width) + acc[v]).store(p + v * Vec::width);
-          });
-        });
+        direct_grad_products(row, x.c, gradient + block * kBlock, padded, x.w, dz.c - block * kBlock,
+                             sum + (block * 9 + r * 3) * x.c * kBlock);
       }
   }
 }
