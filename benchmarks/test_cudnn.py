@@ -13,7 +13,7 @@ import torch
 from conftest import BESIDE_CUDNN, CLOCK, Measurements, device
 from record import RESULTS
 
-from vggfast.bench import machine, report, results, suites
+from vggfast.bench import machine, results, rows, suites
 from vggfast.bench.cases import Case
 from vggfast.bench.contenders import VGGFAST, find
 from vggfast.bench.layers import VGG16_LAYERS, Layer
@@ -26,9 +26,9 @@ pytestmark = [
 ]
 BATCH = 32
 CUDNN = {
-    "forward": ("cudnn_convolution_relu", report.TORCH),
-    "grad_input": (report.TORCH,),
-    "grad_weight": (report.TORCH,),
+    "forward": ("cudnn_convolution_relu", rows.TORCH),
+    "grad_input": (rows.TORCH,),
+    "grad_weight": (rows.TORCH,),
 }
 CASES = [(layer, task) for layer in VGG16_LAYERS for task in CUDNN if task != "grad_input" or layer.c_in != 3]
 

@@ -296,6 +296,17 @@ def test_bfloat16_training_may_have_twice_torchs_own_error(lab):
     assert "relative error of b: expected at most 8.0e-03" in judged["refused"]
 
 
+def test_gradients_that_are_zero_but_for_rounding_are_not_judged():
+    """A BatchNorm takes away what the bias before it adds."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    exact = cases._training_outputs(TINY, net, net, x)
+    kept = cases._without_vanishing(exact)
+    assert exact.keys() - kept.keys() == {"grad of 0.bias"}
+    assert all(kept[name] is exact[name] for name in kept)
+
+
 def test_float32_on_a_gpu_is_judged_as_tf32():
     case = Case("conv3_2", "forward", 32, "fp32", "cuda")
     assert "refused" not in measure.judge(Entry("x", VGGFAST, case), {"y": 4e-4}, {}, True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vggfast import cli
-from vggfast.bench import elsewhere, loss_report, plots, report, results, session, tables
+from vggfast.bench import elsewhere, loss_report, plots, report, results, rows, session, tables
 from vggfast.bench.cases import Case
 from vggfast.bench.measure import compare, with_fewer_threads
 
@@ -35,7 +35,7 @@ def timed(label: str, dtype: str, case: Case) -> dict:
 def sample() -> dict:
     """Results with every row of README's table, in which vggfast is the faster one."""
     groups = []
-    for row in report.CPU_ROWS:
+    for row in rows.CPU_ROWS:
         for identifier in row.groups:
             part = "memory" if identifier.startswith("memory: ") else "inference"
             subject, task, dtype, _, batch = identifier.removeprefix("memory: ").split()
@@ -71,7 +71,7 @@ def of(data: dict, identifier: str, label: str) -> dict:
 
 
 def test_every_row_is_there_with_the_fastest_rival(data):
-    found = {row.what: report.compare(data, row) for row in report.CPU_ROWS}
+    found = {row.what: report.compare(data, row) for row in rows.CPU_ROWS}
     assert None not in found.values()
     best = found["inference, float32, batch 8"]
     assert (best.rival, best.ratio.median, best.ours) == ("openvino", pytest.approx(2.5), pytest.approx(8e-3))
@@ -100,7 +100,7 @@ def test_the_rival_is_chosen_by_the_ratio_round_by_round(data):
     of(data, group, "vggfast")["rounds"] = [8e-3, 8e-3, 8e-3, 10e-3, 20e-3]
     of(data, group, "onnxruntime")["rounds"] = [19e-3] * 5
     of(data, group, "openvino")["rounds"] = [10e-3, 10e-3, 22e-3, 22e-3, 22e-3]
-    row = report.compare(data, next(row for row in report.CPU_ROWS if row.what == "inference, float32, batch 8"))
+    row = report.compare(data, next(row for row in rows.CPU_ROWS if row.what == "inference, float32, batch 8"))
     assert (row.rival, row.ratio.median) == ("openvino", pytest.approx(1.25))
 
 
@@ -130,7 +130,7 @@ def test_who_is_missing_refused_or_failed_is_neither_best_nor_silent(data):
     for identifier in ("vgg16 inference fp32 batch 8", "vgg16 inference fp32 batch 1"):
         record = of(data, identifier, "openvino")
         record["refused"] = "relative error 1"
-    best = report.compare(data, report.CPU_ROWS[0])
+    best = report.compare(data, rows.CPU_ROWS[0])
     assert best.rival == "torch channels_last"
     text = report.markdown(data, {})
     assert (
@@ -231,7 +231,7 @@ def test_what_is_lost_on_other_machines_is_named_after_their_table(data):
 def test_a_row_without_data_is_left_out(data):
     data["groups"] = [g for g in data["groups"] if g["id"] != "conv3_2 forward fp32 batch 1"]
     assert "the 13 convolutions, float32, batch 1 " not in report.markdown(data, {})
-    assert report.compare(data, report.Row("x", ("nothing",), ("torch NCHW",))) is None
+    assert report.compare(data, rows.Row("x", ("nothing",), ("torch NCHW",))) is None
 
 
 def test_the_section_replaces_what_is_between_the_markers():

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vggfast.bench.plots import DTYPE_NAMES, TASK_NAMES
-from vggfast.bench.report import OURS, amount, measured_on
+from vggfast.bench.report import amount, measured_on
 from vggfast.bench.results import Json, contender, group
+from vggfast.bench.rows import OURS
 
 CONTENDERS = (OURS, "torch channels_last", "torch NCHW", "torch.compile", "lpips package")
 CASES = (("lpips", "fp32", 1), ("lpips", "fp32", 8), ("lpips", "bf16", 8), ("perceptual", "fp32", 8))

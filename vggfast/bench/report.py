@@ -5,26 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vggfast.bench.contenders import VGGFAST
 from vggfast.bench.layers import VGG16_LAYERS
 from vggfast.bench.measure import CONTROL, threads_label
-from vggfast.bench.networks import SMALL
 from vggfast.bench.plots import DTYPE_NAMES, TASK_NAMES, title_of
 from vggfast.bench.results import WHY_NOT, Json, contender, group
+from vggfast.bench.rows import CPU_ROWS, GPU_ROWS, OURS, TORCH, Row, layer_groups
 from vggfast.bench.stats import Spread, ratios, spread
-
-OURS = VGGFAST.name
-TORCH = "torch channels_last"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. ``groups`` are summed up, round by round; the rival of the smallest ratio is compared with."""
-
-    what: str
-    groups: tuple[str, ...]
-    rivals: tuple[str, ...]
-    field: str = "seconds"  # or "saved_bytes", "peak_bytes"
 
 
 @dataclass(frozen=True)
@@ -38,91 +24,6 @@ class Comparison:
     ratio: Spread
     our_error: float
     their_error: float
-
-
-def _layers(task: str, batch: int, dtype: str) -> tuple[str, ...]:
-    """The groups of all layers that have the task."""
-    chosen = [layer for layer in VGG16_LAYERS if task != "grad_input" or layer.c_in != 3]
-    return tuple(f"{layer.name} {task} {dtype} batch {batch}" for layer in chosen)
-
-
-COMPILED = (TORCH, "torch.compile")
-CPU_ROWS = [
-    Row("inference, float32, batch 8", ("vgg16 inference fp32 batch 8",), (*COMPILED, "onnxruntime", "openvino")),
-    Row("inference, float32, batch 8, against bfloat16", ("vgg16 inference fp32 batch 8",), ("openvino bf16",)),
-    Row(
-        "inference, float32, batch 1", ("vgg16 inference fp32 batch 1",), (*COMPILED, "onnxruntime", "openvino", "ncnn")
-    ),
-    Row("inference, float32, batch 1, against float16 weights", ("vgg16 inference fp32 batch 1",), ("ncnn half",)),
-    Row("inference, bfloat16, batch 8", ("vgg16 inference bf16 batch 8",), (*COMPILED, "openvino")),
-    Row("inference, bfloat16, batch 1", ("vgg16 inference bf16 batch 1",), (*COMPILED, "openvino", "ncnn half")),
-    Row("the 13 convolutions, float32, batch 1", _layers("forward", 1, "fp32"), (TORCH,)),
-    Row("the 13 convolutions, float32, batch 8", _layers("forward", 8, "fp32"), (TORCH,)),
-    Row("their input gradients, float32, batch 8", _layers("grad_input", 8, "fp32"), (TORCH,)),
-    Row("their filter gradients, float32, batch 8", _layers("grad_weight", 8, "fp32"), (TORCH,)),
-    Row("training step, float32, batch 8", ("vgg16 training fp32 batch 8",), (*COMPILED, "torch NCHW")),
-    Row("training step, bfloat16 autocast, batch 8", ("vgg16 training bf16 batch 8",), COMPILED),
-    Row(
-        "images of 32×32, inference, float32, batch 128",
-        (f"{SMALL} inference fp32 batch 128",),
-        (*COMPILED, "torch NCHW"),
-    ),
-    Row(
-        "images of 32×32, training step, float32, batch 128",
-        (f"{SMALL} training fp32 batch 128",),
-        (*COMPILED, "torch NCHW"),
-    ),
-    *[
-        Row(
-            f"LPIPS with its gradient, float32, batch {batch}",
-            (f"vgg16 lpips fp32 batch {batch}",),
-            (*COMPILED, "torch NCHW", "lpips package"),
-        )
-        for batch in (1, 8)
-    ],
-    Row("features and Gram matrices, float32, batch 8", ("vgg16 perceptual fp32 batch 8",), (*COMPILED, "torch NCHW")),
-    Row(
-        "saved activations, float32 training, batch 8",
-        ("memory: vgg16 training fp32 batch 8",),
-        COMPILED,
-        "saved_bytes",
-    ),
-    Row("peak memory, float32 training, batch 8", ("memory: vgg16 training fp32 batch 8",), COMPILED, "peak_bytes"),
-    Row(
-        "saved for LPIPS's gradient, float32, batch 8",
-        ("memory: vgg16 lpips fp32 batch 8",),
-        (*COMPILED, "lpips package"),
-        "saved_bytes",
-    ),
-    Row(
-        "peak memory of LPIPS, float32, batch 8",
-        ("memory: vgg16 lpips fp32 batch 8",),
-        (*COMPILED, "lpips package"),
-        "peak_bytes",
-    ),
-]
-_GPU_RIVALS = (*COMPILED, "torch.compile max-autotune", "torch CUDA graph", "jax")
-GPU_ROWS = [
-    *[
-        Row(f"inference, bfloat16, batch {batch}", (f"vgg16 inference bf16 batch {batch}",), _GPU_RIVALS)
-        for batch in (1, 32, 256)
-    ],
-    *[
-        Row(f"training step, bfloat16 autocast, batch {batch}", (f"vgg16 training bf16 batch {batch}",), _GPU_RIVALS)
-        for batch in (32, 256)
-    ],
-    *[
-        Row(f"{what}, bfloat16, batch {batch}", _layers(task, batch, "bf16"), (TORCH, "cudnn_convolution_relu", "jax"))
-        for what, task in (
-            ("the 13 convolutions", "forward"), ("their input gradients", "grad_input"), ("their filter gradients", "grad_weight"),
-        )
-        for batch in (1, 32, 256)
-    ],
-    *[
-        Row(f"saved activations, training, batch {batch}", (f"memory: vgg16 training bf16 batch {batch}",), COMPILED, "saved_bytes")
-        for batch in (32, 256)
-    ],
-]  # fmt: skip
 
 
 def rows(data: Json) -> list[Row]:
@@ -229,7 +130,7 @@ def layer_lines(data: Json) -> Iterator[str]:
     for layer in VGG16_LAYERS:
         size = f"{layer.c_in} → {layer.c_out}, {layer.size}×{layer.size}{', pool' if layer.pool else ''}"
         yield f"| {layer.name}: {size} | " + " | ".join(f.get(layer.name, "") for _, _, f in columns) + " |"
-    totals = (compare(data, Row("", _layers(task, batch, dtype), (TORCH,))) for task, batch, _ in columns)
+    totals = (compare(data, Row("", layer_groups(task, batch, dtype), (TORCH,))) for task, batch, _ in columns)
     cells = (f"{amount(t.ours, 'seconds')}, **{t.ratio.median:.2f}×**" if t else "" for t in totals)
     yield "| all | " + " | ".join(cells) + " |"
 
@@ -237,7 +138,7 @@ def layer_lines(data: Json) -> Iterator[str]:
 def _layer_ratios(data: Json, task: str, batch: int, dtype: str) -> dict[str, str]:
     """By the layer's name; without those that were not measured."""
     found = {}
-    for identifier in _layers(task, batch, dtype):
+    for identifier in layer_groups(task, batch, dtype):
         if one := compare(data, Row("", (identifier,), (TORCH,))):
             found[identifier.partition(" ")[0]] = f"{amount(one.ours, 'seconds')}, {one.ratio.median:.2f}×"
     return found

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from vggfast.bench.layers import OTHER_LAYERS, Layer
 from vggfast.bench.plots import TASK_NAMES
-from vggfast.bench.report import OURS, amount, measured_on
+from vggfast.bench.report import amount, measured_on
 from vggfast.bench.results import Json, contender, group
+from vggfast.bench.rows import OURS
 
 RIVALS = ("torch channels_last", "torch NCHW")  # the faster of the two for each layer
 TASKS = ("forward", "grad_input", "grad_weight")

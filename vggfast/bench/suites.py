@@ -9,7 +9,7 @@ from vggfast.bench.cases import LAYER_TASKS, LOSSES, Case
 from vggfast.bench.contenders import VGGFAST, families
 from vggfast.bench.layers import CONFIGS, OTHER_LAYERS, VGG16_LAYERS
 from vggfast.bench.measure import Effort, Entry, Group, compare, with_fewer_threads
-from vggfast.bench.networks import SMALL
+from vggfast.bench.networks import BATCH_NORM, SMALL
 
 PARTS = ("inference", "training", "perceptual", "layers", "shapes", "memory", "compiled", "threads")
 
@@ -65,12 +65,12 @@ def _with(case: Case, device: str, threads: int) -> Case:
 
 def _against(case: Case, full: bool, part: str) -> list[str] | None:
     """Networks other than VGG16, and layers of others, meet torch only: what VGG16 shows of the others holds for them; its
-    convolutions on images of 32x32 meet torch.compile, too. In the quick form inference alone meets everybody, since the
-    others take long to set up. Layers on a GPU meet torch.compile in a part of their own, and kernels that no GPU has
-    proven where they are named."""
+    convolutions on images of 32x32, and VGG16 with BatchNorm, meet torch.compile, too. In the quick form inference alone
+    meets everybody, since the others take long to set up. Layers on a GPU meet torch.compile in a part of their own, and
+    kernels that no GPU has proven where they are named."""
     if part == "layers" and case.device == "cuda":
         return [family for family in families() if family not in ("compile", "autotune", "patch")]
-    if case.subject == SMALL:
+    if case.subject in (SMALL, BATCH_NORM):
         return ["torch", "compile"]
     others = part == "shapes" or (case.subject in CONFIGS and case.subject != "vgg16")
     if not full and case.task in LOSSES:
@@ -112,6 +112,7 @@ def _training(device: str, full: bool) -> Iterator[Case]:
             yield Case(model, "training", 32 if device == "cuda" else 8, "bf16" if device == "cuda" else "fp32")
         if device == "cpu":
             yield Case(SMALL, "training", 128, "fp32", size=32)
+            yield Case(BATCH_NORM, "training", 8, "fp32")
 
 
 def _perceptual(device: str, full: bool) -> Iterator[Case]:
@@ -157,6 +158,7 @@ def _memory(device: str, full: bool) -> Iterator[Case]:
         yield Case("vgg16", "training", 8 if full else 1, "fp32")
         if full:
             yield Case("vgg16", "training", 8, "bf16")
+            yield Case(BATCH_NORM, "training", 8, "fp32")
             yield Case("vgg16", "inference", 8, "fp32")
             yield Case("vgg16", "lpips", 8, "fp32")
             yield Case("vgg16", "lpips", 8, "bf16")
