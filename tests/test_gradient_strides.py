@@ -8,18 +8,24 @@ from test_fused_container import _one_thread, image, pair  # noqa: F401 (the fix
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "weights"),
     [
-        torch.contiguous_format,
-        pytest.param(torch.channels_last, marks=pytest.mark.xfail(reason="gradients of weights are contiguous")),
+        (torch.contiguous_format, torch.contiguous_format),
+        (torch.contiguous_format, torch.channels_last),
+        (torch.channels_last, torch.channels_last),
+        pytest.param(
+            torch.channels_last,
+            torch.contiguous_format,
+            marks=pytest.mark.xfail(reason="gradients of weights have the weights' format, torch's that of the images"),
+        ),
     ],
 )
-def test_gradients_have_the_strides_of_torchs(layout: torch.memory_format) -> None:
+def test_gradients_have_the_strides_of_torchs(layout: torch.memory_format, weights: torch.memory_format) -> None:
     """`grad.view(n, -1)` is written for inputs that are contiguous."""
     fused, plain = pair()
     strides = []
     for network in (fused, plain):
-        network.to(memory_format=layout)
+        network.to(memory_format=weights)
         x = image().to(memory_format=layout).requires_grad_()
         gradients = torch.autograd.grad(network(x).sum(), [x, *network.parameters()])
         strides.append([g.stride() for g in gradients])

@@ -186,7 +186,8 @@ def _setup_conv3x3(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, weight, _, relu, pool, save_argmax = inputs
     y, argmax = output
     ctx.pool, ctx.size, ctx.argmax_saved = pool, x.shape[2:], save_argmax
-    ctx.contiguous = not (dispatch.suggests_channels_last(x) or dispatch.suggests_channels_last(weight))
+    ctx.weight_channels_last = dispatch.suggests_channels_last(weight)
+    ctx.contiguous = not (dispatch.suggests_channels_last(x) or ctx.weight_channels_last)
     ctx.needs = needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     # The input only for the filters' gradient, the filters only for the input's, the output only for the ReLU's mask.
     saved_x = x if needs_weight or needs_bias else None
@@ -218,6 +219,8 @@ def _backward_conv3x3(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor 
         grad_x = grad_x.contiguous() if ctx.contiguous else grad_x  # as torch's is: people write grad.view(n, -1)
     if (needs_weight or needs_bias) and not no_weight:
         grad_weight, grad_bias = _ops.conv3x3_grad_weight(x, grad, y, argmax)
+        if ctx.weight_channels_last:  # as torch's; it is then what becomes `.grad`, without a copy
+            grad_weight = grad_weight.contiguous(memory_format=torch.channels_last)
     return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
 
 
