@@ -92,7 +92,7 @@ print(switches.cpu_isa(), "|", switches.why_not_cpu())
     [
         ("x86_64", None, True, ""),
         ("x86_64", "aten", False, OFF),
-        ("aarch64", None, False, "VGGFAST_CPU_ISA=neon turns them on"),
+        ("aarch64", None, False, f"VGGFAST_CPU_ISA={switches.cpu_isas()[0]} turns them on"),
         ("aarch64", "auto", False, "no machine of this architecture has timed the kernels yet"),
         ("aarch64", "baseline", True, ""),
     ],

@@ -97,5 +97,6 @@ def why_not_cpu() -> str:
     if not _cpu_aten:
         return ""
     if _AUTO_IS_ATEN:
-        return "no machine of this architecture has timed the kernels yet, so they are off: VGGFAST_CPU_ISA=neon turns them on"
+        widest = cpu_isas()[0]
+        return f"no machine of this architecture has timed the kernels yet, so they are off: VGGFAST_CPU_ISA={widest} turns them on"
     return "torch's own operators are asked for: VGGFAST_CPU_ISA=aten"
