@@ -57,13 +57,12 @@ static void direct_filters(const Filters& w, int64_t block, float* packed) {
 static constexpr int64_t kDirectChain = 256; // products summed before their sum is added to the rest: long chains round more
 
 // The sums of one output row and one block of output channels, [W][kBlock], in several chains.
-template <int vecs>
-static void direct_chains(const float* rows, int64_t width, int64_t in, const float* packed, float* sums) {
+static void direct_chains(const float* rows, int64_t width, int64_t in, const float* packed, int64_t channels, float* sums) {
   const int64_t row_size = (width + 2) * in, depth = 3 * in, chains = (depth + kDirectChain - 1) / kDirectChain;
   for (int64_t i = 0; i < 3 * chains; ++i) {
     const int64_t r = i / chains, begin = depth * (i % chains) / chains, end = depth * (i % chains + 1) / chains;
     const Product product{{rows + r * row_size + begin, in, 1, 0}, {packed + (r * depth + begin) * kBlock, kBlock, 0}, end - begin};
-    for_each_row_block<vecs>(width, product, StartAtZero(), [sums, i](int64_t w, const Vec(&acc)[kVecs]) {
+    for_each_row_block(width, channels, product, StartAtZero(), [sums, i](int64_t w, const Vec(&acc)[kVecs]) {
       for (int v = 0; v < kVecs; ++v) {
         float* sum = sums + w * kBlock + v * Vec::width;
         (i == 0 ? acc[v] : Vec::load(sum) + acc[v]).store(sum);
@@ -72,17 +71,17 @@ static void direct_chains(const float* rows, int64_t width, int64_t in, const fl
   }
 }
 
-// finish(pixel, sums) for one output row and one block of output channels; sums: [W][kBlock] floats for those of several chains,
-// which do not meet each kind of finish in products of its own: they would be most of the extension.
-template <int vecs, class Finish>
-static inline void direct_row(const float* rows, int64_t width, int64_t in, const float* packed, float* sums,
+// finish(pixel, sums) for one output row and one block of output channels, of which `channels` are there; sums: [W][kBlock] floats
+// for those of several chains, which do not meet each kind of finish in products of its own: they would be most of the extension.
+template <class Finish>
+static inline void direct_row(const float* rows, int64_t width, int64_t in, const float* packed, int64_t channels, float* sums,
                               const Finish& finish) {
   const int64_t row_size = (width + 2) * in, depth = 3 * in;
   if (3 * depth <= kDirectChain + 32) { // to 32 channels: one chain
     const Product product{{rows, in, 1, row_size}, {packed, kBlock, depth * kBlock}, depth, 3};
-    return for_each_row_block<vecs>(width, product, StartAtZero(), finish);
+    return for_each_row_block(width, channels, product, StartAtZero(), finish);
   }
-  direct_chains<vecs>(rows, width, in, packed, sums);
+  direct_chains(rows, width, in, packed, channels, sums);
   for (int64_t w = 0; w < width; ++w) {
     Vec acc[kVecs];
     for (int v = 0; v < kVecs; ++v) acc[v] = Vec::load(sums + w * kBlock + v * Vec::width);
@@ -90,22 +89,12 @@ static inline void direct_row(const float* rows, int64_t width, int64_t in, cons
   }
 }
 
-// A finish: bias and ReLU, and a whole block to pixels `pixel` values apart.
+// A finish: bias and ReLU, and a whole block to pixels `pixel` values apart. One for float rows of all dtypes, pooled or not.
 template <class T>
-struct StoreBlocks {
-  Epilogue epilogue[kVecs];
-  T* line;
-  int64_t pixel;
-  void operator()(int64_t w, const Vec (&acc)[kVecs]) const {
+static inline auto to_blocks(const Epilogue (&epilogue)[kVecs], T* line, int64_t pixel) {
+  return [=](int64_t w, const Vec(&acc)[kVecs]) {
     for (int v = 0; v < kVecs; ++v) epilogue[v](acc[v]).store(line + w * pixel + v * Vec::width);
-  }
-};
-
-template <class T>
-static inline StoreBlocks<T> to_blocks(const Epilogue (&epilogue)[kVecs], T* line, int64_t pixel) {
-  StoreBlocks<T> made{{}, line, pixel};
-  for (int v = 0; v < kVecs; ++v) made.epilogue[v] = epilogue[v];
-  return made;
+  };
 }
 
 // Pools two rows of fp32 pixels [2][W][channels ...] into row ph of the output, channels [k0, k0 + count).
@@ -130,7 +119,7 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
   float* sums = scratch + (h_end - h_begin + 2) * row_size;
   float* full = sums + x.w * kBlock; // [2][W][kBlock], before pooling
   for (int64_t block = 0; block * kBlock < out.c; ++block) {
-    const int64_t k0 = block * kBlock;
+    const int64_t k0 = block * kBlock, rest = out.c - k0;
     const float* filters = packed + block * 9 * x.c * kBlock;
     Epilogue epilogue[kVecs];
     for (int v = 0; v < kVecs; ++v) epilogue[v] = Epilogue(out, k0 + v * Vec::width);
@@ -138,34 +127,28 @@ static void direct_rows(const Image& x, const float* packed, const Output& out, 
       const float* rows = scratch + (h - h_begin) * row_size;
       if (!out.pool) {
         T* line = (T*)out.data + (n * out.h + h) * out.w * out.c + k0;
-        const int64_t pixel = out.c, rest = out.c - k0;
+        const int64_t pixel = out.c;
         if constexpr (std::is_same_v<T, float>) {
           if (out.stream) {
-            with_vecs(rest, [&](auto some) {
-              direct_row<decltype(some)::count>(rows, x.w, x.c, filters, sums, [=](int64_t w, const Vec(&acc)[kVecs]) {
-                for (int v = 0; v < decltype(some)::count && v * Vec::width < rest; ++v)
-                  epilogue[v](acc[v]).stream(line + w * pixel + v * Vec::width);
-              });
+            direct_row(rows, x.w, x.c, filters, rest, sums, [=](int64_t w, const Vec(&acc)[kVecs]) {
+              for (int v = 0; v < kVecs && v * Vec::width < rest; ++v)
+                epilogue[v](acc[v]).stream(line + w * pixel + v * Vec::width);
             });
             continue;
           }
         }
         if (rest >= kBlock) // a vector cut short may be a call, for which all sums would have to leave their registers
-          direct_row<kVecs>(rows, x.w, x.c, filters, sums, to_blocks(epilogue, line, pixel));
+          direct_row(rows, x.w, x.c, filters, kBlock, sums, to_blocks(epilogue, line, pixel));
         else
-          with_vecs(rest, [&](auto some) {
-            direct_row<decltype(some)::count>(rows, x.w, x.c, filters, sums, [=](int64_t w, const Vec(&acc)[kVecs]) {
-              for (int v = 0; v < decltype(some)::count && v * Vec::width < rest; ++v)
-                store_lanes(epilogue[v](acc[v]), line + w * pixel + v * Vec::width, lanes_from(v * Vec::width, rest));
-            });
+          direct_row(rows, x.w, x.c, filters, rest, sums, [=](int64_t w, const Vec(&acc)[kVecs]) {
+            for (int v = 0; v < kVecs && v * Vec::width < rest; ++v)
+              store_lanes(epilogue[v](acc[v]), line + w * pixel + v * Vec::width, lanes_from(v * Vec::width, rest));
           });
         continue;
       }
       if (h / 2 >= out.h / 2) continue; // an odd last row is in no window
       float* line = full + h % 2 * x.w * kBlock;
-      with_vecs(out.c - k0, [&](auto some) {
-        direct_row<decltype(some)::count>(rows, x.w, x.c, filters, sums, to_blocks(epilogue, line, kBlock));
-      });
+      direct_row(rows, x.w, x.c, filters, rest, sums, to_blocks(epilogue, line, kBlock));
       if (h % 2 == 1) pool_row<T>(out, full, x.w * kBlock, kBlock, n, h / 2, k0, kBlock);
     }
   }
@@ -197,7 +180,7 @@ static void few_products(const float* row, int64_t pixels, int64_t in, const flo
     for (int64_t c = 0; c < in; c += kDirectChain) {
       const int64_t depth = in - c < kDirectChain ? in - c : kDirectChain;
       const Product product{{row + c, in, 1, 0}, {packed + k * in + c * kBlock, kBlock, 0}, depth, 1, {kRows * in, 16, 0}};
-      for_each_row_block(pixels, product, StartAtZero(), [=](int64_t w, const Vec(&acc)[kVecs]) {
+      for_each_row_block(pixels, kBlock, product, StartAtZero(), [=](int64_t w, const Vec(&acc)[kVecs]) {
         for (int v = 0; v < kVecs; ++v) {
           float* p = products + w * columns + k + v * Vec::width;
           (c ? Vec::load(p) + acc[v] : acc[v]).store(p);
@@ -264,12 +247,9 @@ static void load_gradient_row(const Image& dz, int64_t n, int64_t h, int64_t pad
 static void direct_grad_products(const float* row, int64_t in, const float* gradient, int64_t pixel, int64_t width,
                                  int64_t channels, float* sum) {
   const Product product{{row, 1, in, 0}, {gradient, pixel, 0}, width};
-  with_vecs(channels, [&](auto some) {
-    constexpr int vecs = decltype(some)::count;
-    for_each_row_block<vecs>(3 * in, product, StartAtZero(), [sum](int64_t tap, const Vec(&acc)[kVecs]) {
-      float* p = sum + tap * kBlock;
-      for (int v = 0; v < vecs; ++v) (Vec::load(p + v * Vec::width) + acc[v]).store(p + v * Vec::width);
-    });
+  for_each_row_block(3 * in, channels, product, StartAtZero(), [sum](int64_t tap, const Vec(&acc)[kVecs]) {
+    float* p = sum + tap * kBlock;
+    for (int v = 0; v < kVecs; ++v) (Vec::load(p + v * Vec::width) + acc[v]).store(p + v * Vec::width);
   });
 }
 

@@ -41,19 +41,6 @@ struct StartAtZero {
 // What is known when a product is compiled: that steps of depth lie side by side in A, and B is packed in blocks; or that rows do.
 enum class Adjacent { unknown, depth, rows };
 
-// Of a block's vectors of output channels, `vecs` are multiplied; the others' sums are zero. run(Vecs<vecs>()) takes half of them
-// where no more channels are there: of few outputs, and of the last block of more. Blocks of 8 are not worth the larger extension.
-template <int vecs>
-struct Vecs {
-  static constexpr int count = vecs;
-};
-template <class Run>
-static inline void with_vecs(int64_t channels, const Run& run) {
-  if constexpr (kBlock > 8)
-    if (channels <= kBlock / 2) return run(Vecs<kVecs / 2>());
-  run(Vecs<kVecs>());
-}
-
 // These, not inlined, would pass their sums through memory.
 template <int vecs>
 [[gnu::always_inline]] static inline void multiply_row(float a, const Vec (&channels)[vecs], Vec (&acc)[kVecs]) {
@@ -183,15 +170,21 @@ static inline Later spread(const Soon& soon, int64_t rows, int64_t depth, const 
 }
 
 // finish(row, acc) for every row of [0, rows), accumulators still in registers. Rows are shared out evenly over blocks, so that
-// no block is nearly empty. Steps of depth are taken `at_once`, which pays where there are many.
-template <int vecs = kVecs, int at_once = 1, Adjacent adjacent = Adjacent::unknown, class Start, class Finish>
-static void for_each_row_block(int64_t rows, const Product& p, const Start& start, const Finish& finish) {
+// no block is nearly empty. Steps of depth are taken `at_once`, which pays where there are many. Where `channels`, those of the
+// block of outputs that are there, are half of it or less, half of its vectors are multiplied, and the others' sums are zero;
+// blocks of 8 are not worth the larger extension.
+template <int at_once = 1, Adjacent adjacent = Adjacent::unknown, class Start, class Finish>
+static void for_each_row_block(int64_t rows, int64_t channels, const Product& p, const Start& start, const Finish& finish) {
+  constexpr int half = kBlock > 8 ? kVecs / 2 : kVecs;
   const int64_t blocks = row_blocks(rows);
   if (blocks == 0) return;
   const int64_t each = rows / blocks, longer = rows % blocks;
   for (int64_t i = 0, begin = 0; i < blocks; ++i) {
     const int64_t count = each + (i < longer);
-    dispatch_rows<kRows, vecs, at_once, adjacent>(int(count), p, begin, i, start, finish);
+    if (channels <= half * Vec::width)
+      dispatch_rows<kRows, half, at_once, adjacent>(int(count), p, begin, i, start, finish);
+    else
+      dispatch_rows<kRows, kVecs, at_once, adjacent>(int(count), p, begin, i, start, finish);
     begin += count;
   }
 }

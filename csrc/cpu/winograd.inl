@@ -209,17 +209,14 @@ static void winograd_multiply(const Points& v, int64_t tiles, int64_t in, const 
                         1,
                         {kRows * v.row, v.row, 16 - 16 * v.row},
                         spread(soon, tiles, in, a)};
-  with_vecs(channels, [&](auto some) {
-    constexpr int vecs = decltype(some)::count;
-    const auto finish = [out, row = m.row](int64_t t, const Vec(&acc)[kVecs]) {
-      for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * row + k * Vec::width);
-    };
-    if (add)
-      for_each_row_block<vecs, kSteps, Adjacent::depth>(
-          tiles, product, [&](int64_t t, int k) { return Vec::load(out + t * m.row + k * Vec::width); }, finish);
-    else
-      for_each_row_block<vecs, kSteps, Adjacent::depth>(tiles, product, StartAtZero(), finish);
-  });
+  const auto finish = [out, row = m.row](int64_t t, const Vec(&acc)[kVecs]) {
+    for (int k = 0; k < kVecs; ++k) acc[k].store(out + t * row + k * Vec::width);
+  };
+  if (add)
+    for_each_row_block<kSteps, Adjacent::depth>(
+        tiles, channels, product, [&](int64_t t, int k) { return Vec::load(out + t * m.row + k * Vec::width); }, finish);
+  else
+    for_each_row_block<kSteps, Adjacent::depth>(tiles, channels, product, StartAtZero(), finish);
 }
 
 // A^T M A of one tile and one vector of channels; point (i, j) of M is at m + (6 * i + j) * position.

@@ -63,14 +63,11 @@ static void winograd_grad_output(const Image& dz, const TileRange& tiles, int64_
 static void winograd_accumulate(const float* v, int64_t v_row, int64_t in, const float* z, int64_t z_row, int64_t tiles,
                                 int64_t channels, bool first, float* s, const Soon& soon) {
   const Product product{{v, 1, v_row, 0}, {z, z_row, 0}, tiles, 1, {kAhead * v_row, v_row, 0}, spread(soon, in, tiles, v)};
-  with_vecs(channels, [&](auto some) {
-    constexpr int vecs = decltype(some)::count;
-    for_each_row_block<vecs, kSteps, Adjacent::rows>(in, product, StartAtZero(), [s, first](int64_t c, const Vec(&acc)[kVecs]) {
-      for (int k = 0; k < kVecs; ++k) {
-        float* p = s + c * kBlock + k * Vec::width;
-        (first ? acc[k] : Vec::load(p) + acc[k]).store(p);
-      }
-    });
+  for_each_row_block<kSteps, Adjacent::rows>(in, channels, product, StartAtZero(), [s, first](int64_t c, const Vec(&acc)[kVecs]) {
+    for (int k = 0; k < kVecs; ++k) {
+      float* p = s + c * kBlock + k * Vec::width;
+      (first ? acc[k] : Vec::load(p) + acc[k]).store(p);
+    }
   });
 }
 
