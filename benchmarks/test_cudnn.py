@@ -30,7 +30,7 @@ CUDNN = {
     "grad_input": (rows.TORCH,),
     "grad_weight": (rows.TORCH,),
 }
-CASES = [(layer, task) for layer in VGG16_LAYERS for task in CUDNN if task != "grad_input" or layer.c_in != 3]
+CASES = [(layer, task) for layer in VGG16_LAYERS for task in CUDNN if layer.has(task)]
 
 
 def recorded(group: str, rival: str) -> Spread | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import vggfast
 from vggfast import FusedSequential
+from vggfast.bench import memory
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
@@ -98,15 +99,9 @@ def test_a_quarter_of_the_values_is_kept_for_the_backward_pass() -> None:
     x = normal(4, 16, 32, 32)
     kept = []
     for network in pair(16):
-        storages: dict[int, int] = {}
-
-        def pack(t: Tensor, found: dict[int, int] = storages) -> Tensor:
-            found[t.data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with memory.Saved([*network.parameters()]) as saved:
             network(x.clone().requires_grad_())
-        kept.append(sum(storages.values()) - x.nbytes)  # BatchNorm's input
+        kept.append(saved.bytes - x.nbytes)  # BatchNorm's input
     ours, torchs = kept
     assert ours < 0.3 * x.nbytes
     assert torchs > x.nbytes

@@ -142,13 +142,11 @@ def run_children(names: tuple[str, ...], children: tuple[nn.Module, ...], state:
             end, layout = start + run.length, None if run.op == "linear" else _layout_after(run, x, layout)
             x = _execute(run, x)
             keep = run.relu is not None and x.requires_grad  # autograd has saved the output as the ReLU's mask
-            own = False
         else:
             end = start + 1
             x, layout, keep = _run_module(children[start], x, layout, keep)
-            own = (
-                type(children[start]) in (nn.Conv2d, nn.BatchNorm2d) and not keep
-            )  # made here, and no hook has seen it
+        # Made by a module that writes a new tensor, and no hook has seen it.
+        own = run is None and type(children[start]) in (nn.Conv2d, nn.BatchNorm2d) and not keep
         if observe is not None:
             observe(Executed(names[start:end], children[start:end], run, before, x, reason))
         start = end

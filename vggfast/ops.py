@@ -219,7 +219,7 @@ def _backward_conv3x3(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor 
         grad_x = grad_x.contiguous() if ctx.contiguous else grad_x  # as torch's is: people write grad.view(n, -1)
     if (needs_weight or needs_bias) and not no_weight:
         grad_weight, grad_bias = _ops.conv3x3_grad_weight(x, grad, y, argmax)
-        if ctx.weight_channels_last:  # as torch's; it is then what becomes `.grad`, without a copy
+        if ctx.weight_channels_last and needs_weight:  # as torch's; it is then what becomes `.grad`, without a copy
             grad_weight = grad_weight.contiguous(memory_format=torch.channels_last)
     return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
 

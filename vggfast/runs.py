@@ -67,7 +67,7 @@ def find_run(children: tuple[nn.Module, ...], start: int, x: Any, own: bool = Fa
     """
     first = children[start]
     if type(first) is nn.MaxPool2d:
-        reason = child_obstacle(first) or _input_obstacle(x) or _pool_obstacle(first, x)
+        reason = _single_pool_obstacle(first, x)
         return (None if reason else Run("max_pool2x2", 1, pool=first)), reason
     if type(first) is nn.Linear:
         return _find_linear_run(first, children[start + 1 : start + 2], x)
@@ -112,7 +112,7 @@ def _find_relu_run(relu: nn.ReLU, after: tuple[nn.Module, ...], x: Any, own: boo
     pool = after[0] if after else None
     if type(pool) is not nn.MaxPool2d or (relu.inplace and not own):
         return None, ""
-    if child_obstacle(pool) or _input_obstacle(x) or x.shape[1] == 1 or _pool_obstacle(pool, x):
+    if _single_pool_obstacle(pool, x) or x.shape[1] == 1:
         return None, ""
     return Run("max_pool2x2", 2, relu=relu, pool=pool), ""
 
@@ -211,6 +211,11 @@ def _fold_obstacle(bn: nn.BatchNorm2d, weight: Tensor) -> str:
         if t.dtype not in (weight.dtype, torch.float32):
             return "BatchNorm has another dtype"
     return ""
+
+
+def _single_pool_obstacle(pool: nn.MaxPool2d, x: Any) -> str:
+    """Why `ops.max_pool2x2` cannot stand for `pool` on x, or ""."""
+    return child_obstacle(pool) or _input_obstacle(x) or _pool_obstacle(pool, x)
 
 
 def _pool_obstacle(pool: nn.MaxPool2d, x: Tensor) -> str:

@@ -61,8 +61,7 @@ class Case:
 
     @property
     def layer(self) -> Layer | None:
-        others = [layer for layer, _ in OTHER_LAYERS]
-        return next((layer for layer in [*VGG16_LAYERS, *others] if layer.name == self.subject), None)
+        return next((layer for layer in [*VGG16_LAYERS, *OTHER_LAYERS] if layer.name == self.subject), None)
 
     def with_dtype(self, dtype: Literal["fp32", "bf16"]) -> Case:
         return replace(self, dtype=dtype)

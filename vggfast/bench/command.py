@@ -35,7 +35,7 @@ def chosen_groups(
             Case(layer.name, task, batch, dtype, device, threads)
             for layer in VGG16_LAYERS
             for task in tasks
-            if task != "grad_input" or layer.c_in != 3
+            if layer.has(task)
         ]
         return [(compare("layers", case, against), LAYER) for case in cases]
     case = Case(model, "training" if train else "inference", batch, dtype, device, threads)

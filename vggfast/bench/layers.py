@@ -19,6 +19,10 @@ class Layer(NamedTuple):
     size: int  # height and width before pooling, in pixels
     pool: bool
 
+    def has(self, task: str) -> bool:
+        """Whether the task is one of the layer: images need no gradient."""
+        return task != "grad_input" or self.c_in != 3
+
     def gflop(self, batch: int) -> float:
         """Operations of one direct convolution, in 1e9; a multiplication and an addition count as two."""
         return 2e-9 * batch * self.size**2 * 9 * self.c_in * self.c_out
@@ -62,21 +66,21 @@ def _other(c_in: int, c_out: int, size: int) -> Layer:
 
 # Layers of other networks, and of VGG on other images, with the batch that they are measured at: few channels, as small networks and
 # the ends of decoders have them; numbers that fill no block; U-Nets; SSD's images of 300x300; images of 64x64 and 32x32.
-OTHER_LAYERS = [
-    (_other(3, 16, 224), 8),
-    (_other(8, 16, 112), 8),
-    (_other(16, 16, 112), 8),
-    (_other(16, 32, 112), 8),
-    (_other(64, 12, 112), 8),
-    (_other(64, 3, 112), 8),
-    (_other(48, 48, 112), 8),
-    (_other(96, 192, 56), 8),
-    (_other(320, 320, 64), 1),
-    (_other(768, 256, 28), 8),
-    (_other(64, 64, 300), 1),
-    (_other(512, 512, 38), 1),
-    (_other(256, 256, 16), 32),
-    (_other(64, 64, 32), 128),
-    (_other(512, 512, 4), 128),
-    (_other(512, 512, 2), 128),
-]
+OTHER_LAYERS = {
+    _other(3, 16, 224): 8,
+    _other(8, 16, 112): 8,
+    _other(16, 16, 112): 8,
+    _other(16, 32, 112): 8,
+    _other(64, 12, 112): 8,
+    _other(64, 3, 112): 8,
+    _other(48, 48, 112): 8,
+    _other(96, 192, 56): 8,
+    _other(320, 320, 64): 1,
+    _other(768, 256, 28): 8,
+    _other(64, 64, 300): 1,
+    _other(512, 512, 38): 1,
+    _other(256, 256, 16): 32,
+    _other(64, 64, 32): 128,
+    _other(512, 512, 4): 128,
+    _other(512, 512, 2): 128,
+}

@@ -24,7 +24,7 @@ class Row:
 
 def layer_groups(task: str, batch: int, dtype: str) -> tuple[str, ...]:
     """The groups of all layers that have the task."""
-    chosen = [layer for layer in VGG16_LAYERS if task != "grad_input" or layer.c_in != 3]
+    chosen = [layer for layer in VGG16_LAYERS if layer.has(task)]
     return tuple(f"{layer.name} {task} {dtype} batch {batch}" for layer in chosen)
 
 

@@ -17,7 +17,7 @@ NOTHING = "Nothing is recorded yet: `python benchmarks/record.py --part shapes` 
 
 def markdown(data: Json) -> str:
     """The section: a line for each layer, a column for each task with our time and the faster of torch's over it."""
-    lines = [line for layer, batch in OTHER_LAYERS for line in _lines(data, layer, batch)]
+    lines = [line for layer, batch in OTHER_LAYERS.items() for line in _lines(data, layer, batch)]
     if not lines:
         return NOTHING
     return "\n".join(

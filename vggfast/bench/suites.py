@@ -131,12 +131,12 @@ def _layers(device: str, full: bool) -> Iterator[Case]:
     for batch in ((1, 32, 256) if full else (32,)) if device == "cuda" else ((1, 8) if full else (1,)):
         for layer in VGG16_LAYERS:
             for task in tasks:
-                if task != "grad_input" or layer.c_in != 3:  # images need no gradient
+                if layer.has(task):
                     yield Case(layer.name, task, batch, dtype)
     if device == "cuda" and full:  # TF32
         for layer in VGG16_LAYERS:
             for task in LAYER_TASKS[:3]:
-                if task != "grad_input" or layer.c_in != 3:
+                if layer.has(task):
                     yield Case(layer.name, task, 32, "fp32")
 
 
@@ -144,9 +144,9 @@ def _shapes(device: str, full: bool) -> Iterator[Case]:
     """On CPUs; in the quick form those whose plans no layer of VGG16 has: few channels, and numbers that fill half a block."""
     if device == "cuda":
         return
-    for layer, batch in OTHER_LAYERS:
+    for layer, batch in OTHER_LAYERS.items():
         for task in LAYER_TASKS[:3]:
-            if (full or layer.name in ("64to12at112", "48to48at112")) and (task != "grad_input" or layer.c_in != 3):
+            if (full or layer.name in ("64to12at112", "48to48at112")) and layer.has(task):
                 yield Case(layer.name, task, batch, "fp32")
 
 
@@ -171,7 +171,7 @@ def _compiled(device: str, full: bool) -> Iterator[Case]:
     for batch in (256, 32, 1):
         for task in LAYER_TASKS[:3]:
             for layer in VGG16_LAYERS:
-                if task != "grad_input" or layer.c_in != 3:
+                if layer.has(task):
                     yield Case(layer.name, task, batch, "bf16")
 
 

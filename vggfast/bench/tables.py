@@ -122,7 +122,7 @@ def _why(group: Json, label: str) -> str:
 
 def tables(groups: list[Json]) -> Iterator[Table]:
     """Networks group by group, layers gathered by task."""
-    names = {layer.name: i for i, layer in enumerate([*VGG16_LAYERS, *(layer for layer, _ in OTHER_LAYERS)])}
+    names = {layer.name: i for i, layer in enumerate([*VGG16_LAYERS, *OTHER_LAYERS])}
     gathered: dict[tuple[Any, ...], list[Json]] = {}
     for group in groups:
         case = group["case"]
