@@ -22,7 +22,9 @@ from vggfast import switches
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    page for name in ("train", "evaluate", "features", "numerics") if (page := ROOT / "docs" / f"{name}.md").exists()
+    page
+    for name in ("guide", "train", "evaluate", "features", "numerics")
+    if (page := ROOT / "docs" / f"{name}.md").exists()
 ]
 BLOCK = re.compile(r"^```(python|bash)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEEDED = ("torchvision", "mlxtend", "tensorboard", "lpips", "timm")
