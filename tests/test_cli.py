@@ -1,13 +1,17 @@
 """`python -m vggfast info | explain | train`: what they print, and how they say no."""
 
+import contextlib
+import fcntl
 import io
 import json
 import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -133,6 +137,24 @@ def test_explain_prints_a_row_for_each_layer(small_vgg):
     shown = run("explain", "vgg11", "--size", 32, "--batch", 2).stdout
     assert "2x3x32x32" in shown
     assert "2 of 2 convolutions run on fused kernels." in shown
+
+
+def test_explain_fits_a_terminal():
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 90, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    command = [sys.executable, "-m", "vggfast", "explain", "vgg11", "--size", "32"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # which is how a terminal says that nobody writes any more
+            while piece := os.read(ours, 4096):
+                shown += piece
+        assert process.wait(timeout=300) == 0
+    os.close(ours)
+    lines = shown.decode().splitlines()
+    assert max(map(len, lines)) <= 90
+    assert lines[-1] == "8 of 8 convolutions run on fused kernels."
 
 
 @pytest.mark.parametrize(

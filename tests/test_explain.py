@@ -135,6 +135,18 @@ def test_the_table_and_the_dictionary() -> None:
     assert restored["rows"][0]["input"] == [2, 3, 32, 32]
 
 
+def test_the_text_for_a_terminal() -> None:
+    explanation = explain(convert(Net()), normal(2, 3, 32, 32))
+    wide = max(map(len, str(explanation).splitlines()))
+    assert explanation.text(wide) == explanation.text() == str(explanation) == repr(explanation)
+    lines = explanation.text(90).splitlines()
+    assert max(map(len, lines)) <= 90 < wide
+    assert [line.split()[0] for line in lines[:-1] if line[0] != " "] == [row.name for row in explanation.rows]
+    words = " ".join(explanation.text(90).split())
+    assert all(f"{row.kernel}: {row.reason}" in words for row in explanation.rows if row.reason)
+    assert lines[-1] == str(explanation).splitlines()[-1]
+
+
 def test_reasons() -> None:
     net = Net()
     x = normal(2, 3, 32, 32)

@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import re
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,7 +162,10 @@ def explain(
     if roofline:
         _print_roofline(explanation, as_json)
         return
-    typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
+    width = (
+        shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    )  # a file, or grep, gets one line a layer
+    typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation.text(width))
 
 
 def _check_plot(plot: Path | None, measure: bool) -> None:

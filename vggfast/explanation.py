@@ -1,5 +1,6 @@
 """Which kernel every layer of a model takes on a given input, and why not a faster one."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -44,9 +45,9 @@ class Row:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
-    """The rows of `explain`, in the order of execution. `str()` is a table, `to_dict()` is ready for JSON.
+    """The rows of `explain`, in the order of execution. `str()` is a table, `text()` fits a terminal, `to_dict()` is ready for JSON.
 
     `gpu` is the GPU that they tell of, where that is not the device the model is on; `cuda_plan` the switch they assume there.
     """
@@ -76,18 +77,44 @@ class Explanation:
         }
 
     def __str__(self) -> str:
+        return self.text()
+
+    __repr__ = __str__  # what a notebook and a Python prompt show
+
+    def text(self, width: int | None = None) -> str:
+        """A table; where that has lines longer than `width`, the kernel and the reason come on lines of their own."""
         if not self.rows:
             return "No convolution, pooling or linear layer ran."
-        table = [("name", "layers", "dtype", "input", "output", "kernel", "why")]
-        for row in self.rows:
-            shapes = "x".join(map(str, row.input)), "x".join(map(str, row.output))
-            table.append((row.name, row.layers, row.dtype, *shapes, row.kernel, row.reason))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
-        lines.insert(1, "-" * max(map(len, lines)))
+        lines = _aligned([("name", "layers", "dtype", "input", "output", "kernel", "why"), *map(_cells, self.rows)])
+        longest = max(map(len, lines))
+        if width is not None and longest > width:
+            lines = self._paragraphs(width)
+        else:
+            lines.insert(1, "-" * longest)
         where = "" if self.gpu is None else f" on a GPU of {self.gpu}, with VGGFAST_CUDA_PLAN={self.cuda_plan}"
         lines.append(f"{self.fused_convolutions} of {self.convolutions} convolutions run on fused kernels{where}.")
         return "\n".join(lines)
+
+    def _paragraphs(self, width: int) -> list[str]:
+        lines = []
+        heads = _aligned(
+            [(name, layers, f"{x} -> {y}", dtype) for name, layers, dtype, x, y, *_ in map(_cells, self.rows)]
+        )
+        for row, head in zip(self.rows, heads, strict=True):
+            why = ": ".join(filter(None, (row.kernel, row.reason)))
+            lines += [head, *textwrap.wrap(why, width, initial_indent="    ", subsequent_indent="    ")]
+        return lines
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    shapes = ("x".join(map(str, shape)) for shape in (row.input, row.output))
+    return (row.name, row.layers, row.dtype, *shapes, row.kernel, row.reason)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """A line for each row, its cells below those of the others."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def explain(model: nn.Module, *inputs: Any, gpu: str | None = None) -> Explanation:
