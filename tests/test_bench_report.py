@@ -1,70 +1,25 @@
-"""Results as README's table, as pictures, as tables in a terminal; and README is what the committed results say."""
+"""Results as README's table and as pictures; and README is what the committed results say."""
 
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-from typer.testing import CliRunner
+from bench_sample import of, sample, timed
 
-from vggfast import cli
-from vggfast.bench import elsewhere, loss_report, plots, report, results, rows, session, tables
+from vggfast.bench import elsewhere, loss_report, plots, report, results, rows
 from vggfast.bench.cases import Case
-from vggfast.bench.measure import compare, with_fewer_threads
+from vggfast.bench.measure import with_fewer_threads
 
 ROOT = Path(__file__).parents[1]
-SLOWNESS = {"vggfast": 1.0, "vggfast again": 1.02, "openvino bf16": 1.25, "openvino": 2.5, "torch channels_last": 3.0}
-
-
-def timed(label: str, dtype: str, case: Case) -> dict:
-    times = SLOWNESS.get(label, 4.0)
-    rounds = [1e-3 * times * case.batch * factor for factor in (1.0, 1.1, 0.9)]
-    gflop = case.gflop() or 1.0
-    return {
-        "label": label, "dtype": dtype, "setting": "fast", "version": "1", "kernel": "cpu avx512 winograd F(4x4,3x3)",
-        "error": 1e-6 * times, "error_of": "scores", "tolerance": 5e-5, "seconds": {"median": rounds[0], "p10": rounds[2], "p90": rounds[1]},
-        "rounds": rounds, "runs": 3, "gflops": gflop / rounds[0], "gbps": 1.0, "ceiling_share": 0.5,
-    }  # fmt: skip
-
-
-def sample() -> dict:
-    """Results with every row of README's table, in which vggfast is the faster one."""
-    groups = []
-    for row in rows.CPU_ROWS:
-        for identifier in row.groups:
-            part = "memory" if identifier.startswith("memory: ") else "inference"
-            subject, task, dtype, _, batch = identifier.removeprefix("memory: ").split()
-            case = Case(subject, task, int(batch), dtype)
-            records = [timed(entry.label, entry.case.dtype, case) for entry in compare(part, case).entries]
-            for record in records if part == "memory" else []:
-                del record["seconds"], record["rounds"]
-                record |= {
-                    "saved_bytes": int(100e6 * SLOWNESS.get(record["label"], 4)),
-                    "peak_bytes": int(900e6 * SLOWNESS.get(record["label"], 4)),
-                }
-            group = {"id": identifier, "case": case.to_dict(), "run": "now", "activity": None, "contenders": records}
-            groups += [] if identifier in [g["id"] for g in groups] else [group]
-    run = {
-        "versions": {"vggfast": "0.1.0", "torch": "2.11", "openvino": "2026"},
-        "settings": {"threads": 2},
-        "ceilings": {"peak_gflops": {"fp32": 250.0, "bf16": 480.0}, "dram_gbps": 40.0},
-    }
-    device = {"slug": "some-cpu", "cpu": "Some CPU", "cores": 2}
-    return {"schema": 1, "device": device, "runs": {"now": run}, "groups": groups}
 
 
 @pytest.fixture
 def data() -> dict:
     return sample()
-
-
-def of(data: dict, identifier: str, label: str) -> dict:
-    return next(c for c in results.group(data, identifier)["contenders"] if c["label"] == label)
 
 
 # ---- README's table ------------------------------------------------------------------------------------------------
@@ -241,7 +196,7 @@ def test_the_section_replaces_what_is_between_the_markers():
             report.splice(text, "new", "<b>", "<e>")
 
 
-# ---- pictures and tables -------------------------------------------------------------------------------------------
+# ---- pictures -------------------------------------------------------------------------------------------------------
 
 
 def test_pictures_know_which_results_they_show(data, tmp_path):
@@ -285,103 +240,6 @@ def test_nothing_is_drawn_of_nothing(data):
     nothing = {**data, "groups": []}
     drawing = (plots.networks, plots.layers, plots.roofline, plots.memory, plots.losses)
     assert [draw(nothing) for draw in drawing] == [None] * 5
-
-
-def shown(*found) -> str:
-    console = Console(width=200)
-    with console.capture() as captured:
-        for table in found:
-            console.print(table)
-    return captured.get()
-
-
-def test_tables_have_time_ratio_error_and_who_is_missing(data):
-    group = results.group(data, "vgg16 inference fp32 batch 8")
-    of(data, group["id"], "onnxruntime").clear()
-    group["contenders"] = [
-        c or {"label": "onnxruntime", "dtype": "fp32", "missing": "not installed: onnxruntime"}
-        for c in group["contenders"]
-    ]
-    text = "".join(" ".join(line.split()) + "\n" for line in shown(tables.group_table(group)).splitlines())
-    assert "│ openvino │ 20.0 │ 18.0–22.0 │ 2.500 │ 2.50× (2.50–2.50) │" in text
-    assert "2.5e-06" in text
-    assert "missing: not installed: onnxruntime" in text
-    assert tables.reasons([group]) == ["onnxruntime: missing: not installed: onnxruntime"]
-    layers = [g for g in data["groups"] if g["case"]["subject"].startswith("conv")]
-    summed = shown(*tables.tables(layers))
-    assert "grad_weight, fp32, batch 8" in summed
-    assert "3.00×" in summed
-
-
-def test_a_disturbed_group_is_told():
-    quiet = {"id": "a", "activity": {"idle_workers": 0.01, "other_programs": 0.02, "stolen": 0.0}}
-    loud = {"id": "b", "activity": {"idle_workers": 0.0, "other_programs": 0.4, "stolen": 0.1}}
-    assert tables.disturbances([quiet, loud, {"id": "c", "activity": None}]) == [
-        "b: other programs 40%, stolen 10% of the processors' time"
-    ]
-
-
-# ---- the command ---------------------------------------------------------------------------------------------------
-
-
-def test_bench_shows_a_table_and_writes_data_and_pictures(data, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(session, "run", lambda groups, *rest: asked.extend(groups) or data)
-    arguments = ["bench", "--model", "vgg13", "--batch", "2", "--against", "torch, openvino", "--train", "--memory"]
-    done = CliRunner().invoke(
-        cli.app, [*arguments, "--device", "cpu", "--json", str(tmp_path / "x.json"), "--plot", str(tmp_path)]
-    )
-    assert done.exit_code == 0, done.output
-    assert [group.id for group, _ in asked] == ["vgg13 training fp32 batch 2", "memory: vgg13 training fp32 batch 2"]
-    assert [entry.label for entry in asked[0][0].entries] == [
-        "vggfast",
-        "vggfast again",
-        "torch channels_last",
-        "torch NCHW",
-    ]
-    assert "openvino bf16" in done.stdout
-    assert json.loads((tmp_path / "x.json").read_text())["groups"]
-    assert (tmp_path / "roofline.png").exists()
-
-
-def test_bench_of_layers_and_an_unknown_rival(data, monkeypatch):
-    asked = []
-    monkeypatch.setattr(session, "run", lambda groups, *rest: asked.extend(groups) or data)
-    assert CliRunner().invoke(cli.app, ["bench", "--layers", "--train", "--device", "cpu"]).exit_code == 0
-    assert len(asked) == 4 * 13 - 1
-    done = CliRunner().invoke(cli.app, ["bench", "--against", "tensorflow", "--device", "cpu"])
-    assert done.exit_code == 2
-    assert "got tensorflow" in done.stderr
-    done = CliRunner().invoke(cli.app, ["bench", "--train", "--against", "onnxruntime", "--device", "cpu"])
-    assert done.exit_code == 2  # it does not train, and nobody else was asked for
-    assert "expected some of torch" in done.stderr
-    assert "got onnxruntime" in done.stderr
-
-
-def test_bench_draws_any_network_and_says_where_there_is_nothing_to_draw(data, tmp_path, monkeypatch):
-    for group in data["groups"]:
-        group["id"] = group["id"].replace("vgg16", "vgg11")
-        group["case"]["subject"] = group["case"]["subject"].replace("vgg16", "vgg11")
-    monkeypatch.setattr(session, "run", lambda *arguments: data)
-    command = ["bench", "--model", "vgg11", "--device", "cpu", "--plot", str(tmp_path)]
-    done = CliRunner().invoke(cli.app, command)
-    assert f"VGG11, inference and training: {tmp_path}/networks.png" in done.stdout.replace("\n", "")
-    assert plots.networks(data).get_suptitle().startswith("VGG11, 224×224")
-    assert plots.memory(data).get_suptitle().startswith("VGG11's memory")
-    assert "no picture" not in done.stdout
-    data["groups"] = [results.group(data, "vgg11 inference fp32 batch 8")]
-    record = of(data, "vgg11 inference fp32 batch 8", "vggfast")
-    for name in ("seconds", "rounds"):
-        del record[name]
-    record["failed"] = "out of memory"
-    done = CliRunner().invoke(cli.app, command)
-    assert "no picture: vggfast has no result in vgg11 inference fp32 batch 8" in done.stdout.replace("\n", " ")
-
-
-def test_bench_fails_where_vggfast_is_wrong(data, monkeypatch):
-    of(data, "vgg16 inference fp32 batch 8", "vggfast")["refused"] = "relative error 1"
-    monkeypatch.setattr(session, "run", lambda *arguments: data)
-    assert CliRunner().invoke(cli.app, ["bench", "--device", "cpu"]).exit_code == 1
 
 
 # ---- README --------------------------------------------------------------------------------------------------------

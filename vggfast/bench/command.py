@@ -50,7 +50,7 @@ def bench(
     with tables.ProgressBar(console, len(groups)) as bar:
         data = session.run(groups, threads, bar, lambda _: bar.done())
     for table in tables.tables(data["groups"]):
-        console.print(table)
+        console.print(table, width=None if console.is_terminal else 150)  # a file has room for all columns
     for line in tables.reasons(data["groups"]):
         console.print(f"not measured: {line}", style="yellow", highlight=False, markup=False)
     for line in tables.disturbances(data["groups"]):

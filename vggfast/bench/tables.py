@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -31,41 +34,90 @@ def _ratio(record: Json, ours: Json | None) -> str:
     return f"{found.median:.2f}× ({found.p10:.2f}–{found.p90:.2f})"
 
 
-def group_table(group: Json) -> Table:
+@dataclass
+class Column:
+    """Of a `FittedTable`. Where a terminal is too narrow for all, those with `spare` are left out, 1 before 2; lines of a `wraps` may break."""
+
+    name: str  # may have several lines
+    cells: list[str | Text] = field(default_factory=list)
+    footer: str = ""
+    left: bool = False
+    spare: int = 0
+    wraps: bool = False
+
+    def least(self) -> int:
+        if self.wraps:
+            return 24
+        return max(map(cell_len, [*self.name.split("\n"), self.footer, *map(str, self.cells)]))
+
+
+@dataclass
+class FittedTable:
+    """A table of which no cell is cut off: it has as many of its columns as a terminal has room for."""
+
+    title: str
+    columns: list[Column]
+    notes: list[str] = field(default_factory=list)  # below it, where the column that wraps was left out
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = list(self.columns)
+        while sum(column.least() + 2 for column in shown) > options.max_width:
+            spare = [column for column in shown if column.spare]
+            if not spare:
+                break
+            shown.remove(min(spare, key=lambda column: column.spare))
+        table = Table(
+            title=self.title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD,
+            show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), show_footer=any(column.footer for column in shown),
+        )  # fmt: skip
+        for column in shown:
+            table.add_column(
+                column.name,
+                column.footer,
+                justify="left" if column.left else "right",
+                no_wrap=not column.wraps,
+                overflow="fold",
+            )
+        for cells in zip(*(column.cells for column in shown), strict=True):
+            table.add_row(*cells)
+        yield table
+        if any(column.wraps for column in self.columns if column not in shown):
+            yield from (Text(note, style="dim") for note in self.notes)
+        yield ""
+
+
+def group_table(group: Json) -> FittedTable:
     """A line a contender: times, how many times as long as vggfast it takes, rates, error, setting."""
     case = group["case"]
     ours = next((c for c in group["contenders"] if c["label"] == OURS and "rounds" in c), None)
     in_memory = any("peak_bytes" in record for record in group["contenders"])
-    table = Table(title=group["id"], title_justify="left", title_style="bold", header_style="bold")
-    table.add_column("contender", no_wrap=True)
-    columns = (
-        ["saved MB", "peak MB"]
+    names = (
+        {"saved MB": 0, "peak MB": 0}
         if in_memory
-        else ["ms", "p10–p90", "ms/image", "time / vggfast's", "GFLOP/s", "of ceiling"]
+        else {"ms": 0, "p10–p90": 3, "ms/image": 4, "time /\nvggfast's": 0, "GFLOP/s": 5, "of\nceiling": 6}
     )
-    for name in [*columns, "error"]:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("setting", style="dim", overflow="fold")
+    numbers = [Column(name, spare=spare) for name, spare in names.items()]
+    labels, errors = Column("contender", left=True), Column("error", spare=7)
+    settings = Column("setting", left=True, spare=2, wraps=True)
     for record in group["contenders"]:
-        label = Text(
-            record["label"], style="bold" if record["label"] == OURS else "dim" if record["label"] == CONTROL else ""
-        )
+        style = "bold" if record["label"] == OURS else "dim" if record["label"] == CONTROL else ""
+        labels.cells.append(Text(record["label"], style=style))
+        errors.cells.append(f"{record['error']:.1e}" if "error" in record else "")
         why = next((f"{why}: {record[why]}" for why in WHY_NOT if why in record), None)
-        error = f"{record['error']:.1e}" if "error" in record else ""
-        if why:
-            table.add_row(label, *[""] * len(columns), error, Text(why, style="yellow"))
-        elif in_memory:
-            saved = record["saved_bytes"]
-            table.add_row(
-                label,
-                "" if saved is None else f"{saved / 1e6:.1f}",
-                f"{record['peak_bytes'] / 1e6:.1f}",
-                error,
-                record["setting"],
-            )
-        else:
-            table.add_row(label, *_timings(record, ours, case["batch"]), error, record["setting"])
-    return table
+        settings.cells.append(Text(why, style="yellow") if why else Text(record["setting"], style="dim"))
+        cells = [""] * len(numbers)
+        if not why:
+            cells = [*(_megabytes(record) if in_memory else _timings(record, ours, case["batch"]))]
+        for column, cell in zip(numbers, cells, strict=True):
+            column.cells.append(cell)
+    notes = [f"{record['label']}: {record['setting']}" for record in group["contenders"] if record.get("setting")]
+    return FittedTable(group["id"], [labels, *numbers, errors, settings], notes)
+
+
+def _megabytes(record: Json) -> Iterator[str]:
+    saved = record["saved_bytes"]
+    yield "" if saved is None else f"{saved / 1e6:.1f}"
+    yield f"{record['peak_bytes'] / 1e6:.1f}"
 
 
 def _timings(record: Json, ours: Json | None, batch: int) -> Iterator[str]:
@@ -78,40 +130,42 @@ def _timings(record: Json, ours: Json | None, batch: int) -> Iterator[str]:
     yield f"{record['ceiling_share']:.0%}" if "ceiling_share" in record else ""
 
 
-def layer_table(groups: list[Json]) -> Table:
+def layer_table(groups: list[Json]) -> FittedTable:
     """Groups of single layers with one task, batch and dtype: a line a layer, a column a contender."""
     case = groups[0]["case"]
-    labels = list(dict.fromkeys(c["label"] for group in groups for c in group["contenders"]))
-    rivals = [label for label in labels if label != OURS]
-    title = f"{case['task']}, {case['dtype']}, batch {case['batch']}: ms, and times vggfast's"
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", show_footer=True)
     measured = [{c["label"]: c for c in group["contenders"] if "seconds" in c} for group in groups]
-    for name in ["layer", OURS, *rivals, "GFLOP/s", "of ceiling", "worst error"]:
-        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+    labels = list(dict.fromkeys(c["label"] for group in groups for c in group["contenders"]))
+    of_contenders = {label: Column(label.replace(" ", "\n")) for label in [OURS, *(x for x in labels if x != OURS)]}
+    layers, errors = Column("layer", left=True, footer="all"), Column("worst\nerror", spare=3)
+    rates, shares = Column("GFLOP/s", spare=1), Column("of\nceiling", spare=2)
+    for group, found in zip(groups, measured, strict=True):
+        ours = found.get(OURS)
+        layers.cells.append(group["case"]["subject"])
+        for label, column in of_contenders.items():
+            seconds = found[label]["seconds"]["median"] if label in found else None
+            if seconds is None:
+                column.cells.append(_why(group, label))
+            else:
+                column.cells.append(_beside(seconds, ours["seconds"]["median"] if ours else None, label))
+        rates.cells.append(f"{ours['gflops']:.0f}" if ours else "")
+        shares.cells.append(f"{ours['ceiling_share']:.0%}" if ours else "")
+        known = [c["error"] for c in group["contenders"] if "error" in c]
+        errors.cells.append(f"{max(known):.1e}" if known else "")
     totals = {
         label: sum(m[label]["seconds"]["median"] for m in measured)
         for label in labels
         if all(label in m for m in measured)
     }
-    for group, found in zip(groups, measured, strict=True):
-        ours = found.get(OURS)
-        cells = [milliseconds(ours["seconds"]["median"]) if ours else _why(group, OURS)]
-        for label in rivals:
-            theirs = found.get(label)
-            if theirs is None:
-                cells.append(_why(group, label))
-            else:
-                times = f"  {theirs['seconds']['median'] / ours['seconds']['median']:.2f}×" if ours else ""
-                cells.append(milliseconds(theirs["seconds"]["median"]) + times)
-        cells += [f"{ours['gflops']:.0f}", f"{ours['ceiling_share']:.0%}"] if ours else ["", ""]
-        errors = [c["error"] for c in group["contenders"] if "error" in c]
-        table.add_row(group["case"]["subject"], *cells, f"{max(errors):.1e}" if errors else "")
-    table.columns[0].footer = "all"
-    for column, label in zip(table.columns[1:], [OURS, *rivals], strict=False):
-        if label in totals:
-            times = f"  {totals[label] / totals[OURS]:.2f}×" if label != OURS and OURS in totals else ""
-            column.footer = milliseconds(totals[label]) + times
-    return table
+    for label, total in totals.items():
+        of_contenders[label].footer = _beside(total, totals.get(OURS), label)
+    title = f"{case['task']}, {case['dtype']}, batch {case['batch']}: ms, and times vggfast's"
+    return FittedTable(title, [layers, *of_contenders.values(), rates, shares, errors])
+
+
+def _beside(seconds: float, ours: float | None, label: str) -> str:
+    """A time, and how many times vggfast's it is."""
+    times = f"  {seconds / ours:.2f}×" if ours and label != OURS else ""
+    return milliseconds(seconds) + times
 
 
 def _why(group: Json, label: str) -> str:
@@ -120,7 +174,7 @@ def _why(group: Json, label: str) -> str:
     return next((why for why in WHY_NOT if why in record), "")
 
 
-def tables(groups: list[Json]) -> Iterator[Table]:
+def tables(groups: list[Json]) -> Iterator[FittedTable]:
     """Networks group by group, layers gathered by task."""
     names = {layer.name: i for i, layer in enumerate([*VGG16_LAYERS, *OTHER_LAYERS])}
     gathered: dict[tuple[Any, ...], list[Json]] = {}
