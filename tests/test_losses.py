@@ -337,6 +337,8 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (ValueError, r"heads: expected .* of \[8\] channels.* got \[8, 16\]", lambda: LPIPS(network, HEADS, layers=["pool1"])),
         (ValueError, "heads: expected .* got the keys a, b", lambda: LPIPS(network, {"a": torch.ones(1), "b": torch.ones(1)}, layers=["pool1"])),
         (ValueError, r"images: expected \[N, C, H, W\], got \[3, 32, 32\]", lambda: small_lpips(network)(images()[0], images()[0])),
+        (ValueError, r"images: expected 3 channels, as mean and std have, got \[2, 4, 32, 32\]", lambda: small_lpips(network)(torch.rand(2, 4, 32, 32), images())),
+        (ValueError, r"images: expected floating point values in \(-1.0, 1.0\), got torch.uint8; input_range=\(0, 255\)", lambda: small_lpips(network)(images().to(torch.uint8), images())),
         (ValueError, r"target: expected the size of the input.* got \[2, 8, 16, 16\] for \[2, 8, 32, 32\] at relu1_2", lambda: small_lpips(network)(images(), images(size=16))),
         (ValueError, r"target: .* got \[2, 8, 32, 32\] for \[3, 8", lambda: small_lpips(network)(images(3), images())),
         (ValueError, "style: expected None beside an encoded target", lambda: Perceptual(network, ["pool1"])(images(), Encoded({}, {}), images())),
@@ -344,8 +346,11 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for kind, message, call in cases:
         with pytest.raises(kind, match=message):
             call()
+    bytes_ = (images() * 255).clamp(0, 255).to(torch.uint8)
+    of_bytes = Perceptual(network, ["pool1"], input_range=(0, 255))
+    torch.testing.assert_close(of_bytes(bytes_, bytes_.flip(2)), of_bytes(bytes_.float(), bytes_.flip(2).float()))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'pip install "vggfast\[perceptual\]"'):
+    with pytest.raises(ImportError, match="pip install lpips"):
         LPIPS(network, layers=["pool1"])
     assert math.isfinite(float(small_lpips(network)(images(), images(seed=1))))
 

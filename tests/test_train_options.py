@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_vgg import SmallLinear
 from test_train import StopAt, assert_same_weights, tiny_fit, tiny_model
 from torch import nn
@@ -250,6 +251,48 @@ def test_a_warm_start_takes_four_convolutions_and_the_fully_connected_layers(sma
         layer, _, part = name.rpartition(".")
         expected = theirs[f"{origin[layer]}.{part}"] if layer in origin else before[name]
         assert torch.equal(value, expected), name
+
+
+def test_a_run_starts_from_trained_weights_for_other_classes_and_channels(small, tmp_path):
+    trained = vggfast.models.vgg11_bn(num_classes=7)  # of colour images; the digits are grey, and ten
+    trained.features[1].bias.data.fill_(0.25)
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "a.pth")
+    notes: list[str] = []
+
+    class Notes(StopAt):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    settings = {"output": str(tmp_path / "run"), "epochs": 2, "limit": 32, "batch_size": 16, "lr": 0.0}
+    config = TrainConfig.recipe("digits", weights=str(tmp_path / "a.pth"), **settings)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, listener=Notes(1, 1))
+    result = fit(config, resume=True, listener=Notes(9, 9))  # its own weights, not those that it began with
+    assert notes == [f"starts from {tmp_path / 'a.pth'}; the last layer stays random, for it has other classes"]
+    found, wanted = load_file(result.weights), trained.state_dict()
+    for name in (
+        "features.4.weight",
+        "features.25.bias",
+        "features.1.bias",
+        "classifier.0.weight",
+        "classifier.3.bias",
+    ):
+        assert torch.equal(found[name], wanted[name]), name
+    assert found["classifier.6.weight"].shape[0] == 10
+    torch.testing.assert_close(found["features.0.weight"], wanted["features.0.weight"].sum(1, keepdim=True))
+
+
+def test_weights_that_do_not_fit_end_a_run_before_it_starts(small, tmp_path):
+    torch.save(vggfast.models.vgg13(num_classes=10).state_dict(), tmp_path / "a.pth")
+    for settings, message in (
+        ({"weights": str(tmp_path / "a.pth")}, "weights: .*without BatchNorm: build the model so, too.*--model names"),
+        ({"weights": str(tmp_path / "b.pth")}, "weights: .*b.pth"),
+        ({"weights": "VGG99_Weights.DEFAULT"}, "weights: expected .*VGG99_Weights.DEFAULT"),
+        ({"weights": "a.pth", "warm_start": "b.pth"}, "weights, warm_start: expected one of them"),
+    ):
+        with pytest.raises(RecipeError, match=f"(?s){message}"):
+            fit(TrainConfig.recipe("digits", output=str(tmp_path / "run"), limit=32, **settings))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_warm_start_names_what_does_not_fit_and_takes_batch_norm_along(small, tmp_path):

@@ -231,7 +231,7 @@ def bench(
 ) -> None:
     r"""Compare speed with other runtimes: checked first, interleaved rounds, equal threads, each rival in its own process.
 
-    Rivals that are not installed are named. pip install "vggfast\[bench]" brings them.
+    Rivals that are not installed are named, with what brings them.
     """
     from vggfast.bench import BenchError
     from vggfast.bench.command import bench as measure
@@ -265,6 +265,10 @@ RecipeOption = Annotated[
         help="The paper's, the default of folders and shards, or today's. digits, mnist and fake keep their model, size and augmentation with either.",
     ),
 ]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(help="Trained weights of the same network to start from: a file, a URL, or as VGG16_Weights.DEFAULT."),
+]
 WarmStartOption = Annotated[
     str | None,
     typer.Option(help="Checkpoint of a vgg11 whose first four convolutions and FC layers to start from."),
@@ -291,6 +295,7 @@ def train(
     val: Annotated[str | None, typer.Option(help="Folder or shards of held-out images, if not in --data.")] = None,
     preset: RecipeOption = None,
     model: Annotated[ModelName | None, typer.Option(help="The model.")] = None,
+    weights: WeightsOption = None,
     warm_start: WarmStartOption = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step, of all processes.")] = None,
@@ -320,7 +325,7 @@ def train(
     options: dict[str, Any] = {
         "model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
         "size": size, "limit": limit, "seed": seed, "device": device, "amp": amp, "threads": threads,
-        "workers": workers, "save_every": save_every, "val": val, "warm_start": warm_start, "accumulate": accumulate,
+        "workers": workers, "save_every": save_every, "val": val, "weights": weights, "warm_start": warm_start, "accumulate": accumulate,
         "gradient_checkpointing": gradient_checkpointing, "ema": ema, "scale": scale, "tensorboard": tensorboard,
     }  # fmt: skip
     said = {name: value for name, value in options.items() if value is not None}

@@ -66,7 +66,7 @@ def why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     if x.shape[0] > LINEAR_ROWS:
         return f"more than {LINEAR_ROWS} rows: arithmetic, not memory, is the limit"
     if weight.numel() < LINEAR_WEIGHTS:
-        return "so few weights lie in the caches"
+        return f"fewer than {LINEAR_WEIGHTS} weights lie in the caches, where torch is as fast"
     if weight.stride(1) != 1:
         return "the weights of an output are not adjacent"
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):

@@ -28,7 +28,7 @@ def read(path: Path) -> dict[str, Tensor]:
         import h5py
     except ImportError as error:
         raise ImportError(
-            f'{path}: Keras\'s files are read with h5py, which is not installed: pip install "vggfast[keras]"'
+            f"{path}: Keras's files are read with h5py, which is not installed: pip install h5py"
         ) from error
     source: Any = path
     if path.suffix == ".keras":

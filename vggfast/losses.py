@@ -57,7 +57,7 @@ class FeatureLoss(nn.Module):
         low, high = input_range
         if not low < high:
             raise ValueError(f"input_range: expected the values of black and of white, as (0, 1), got {input_range}")
-        self.reduction = reduction
+        self.reduction, self.input_range = reduction, (low, high)
         self.map_taps, self.gram_taps = tuple(taps), tuple(styled)
         wanted = dict.fromkeys((*self.map_taps, *self.gram_taps))
         self.network = frozen(features(_network(model, weights), wanted, torch_layout=False))
@@ -92,6 +92,14 @@ class FeatureLoss(nn.Module):
     def _run(self, images: Tensor) -> dict[str, Tensor]:
         if images.dim() != 4:
             raise ValueError(f"images: expected [N, C, H, W], got {list(images.shape)}")
+        low, high = self.input_range
+        if not images.is_floating_point() and high - low <= 2:
+            raise ValueError(
+                f"images: expected floating point values in {self.input_range}, got {images.dtype}; input_range=(0, 255) takes bytes"
+            )
+        channels = self.centre.shape[1]
+        if channels != images.shape[1] and 1 not in (channels, images.shape[1]):
+            raise ValueError(f"images: expected {channels} channels, as mean and std have, got {list(images.shape)}")
         images = (wide(images) - self.centre) / self.deviation
         if not torch.is_autocast_enabled(images.device.type):
             images = images.to(next(self.network.parameters()).dtype)
@@ -273,7 +281,7 @@ def _heads(source: str | os.PathLike[str] | Mapping[str, Tensor] | None, channel
         package = importlib.util.find_spec("lpips")
         if package is None or package.origin is None:
             raise ImportError(
-                'heads: None takes them from the package lpips, which is not installed: pip install "vggfast[perceptual]", '
+                "heads: None takes them from the package lpips, which is not installed: pip install lpips, "
                 "or give the path of its weights/v0.1/vgg.pth"
             )
         source = Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"

@@ -82,7 +82,10 @@ private:
   const bool pooled;
   const int64_t side, height, width, rows; // of pixels: a tile, the image, all that are asked for
   const int64_t tiles_a_step;              // in units
-  int64_t due = 0, row = 0, taken = 0, together = 0;
+  int64_t due = 0;                         // in units: what steps so far owe
+  int64_t row = 0;                         // of pixels, that is asked for
+  int64_t taken = 0;                       // tiles whose pixels of that row were asked for
+  int64_t together = 0;                    // tiles after these that lie side by side
   Tile tile = {};
 };
 

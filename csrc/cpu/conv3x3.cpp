@@ -95,7 +95,7 @@ Plan forward_plan(const Kernels& k, DType dtype, int64_t n, int64_t in, int64_t 
 
 void run_forward(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, Output out) {
   out.stream = passes_caches(out, plan, this_machine(k));
-  const Workspace workspace(forward_workspace(k, plan, x, w, out));
+  const Workspace workspace(forward_workspace(k, plan, x, w));
   forward(k, plan, x, w, out, workspace.data(), parallel_jobs);
 }
 

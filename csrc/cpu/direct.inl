@@ -110,7 +110,8 @@ static void pool_row(const Output& out, const float* rows, int64_t row_size, int
     }
 }
 
-// Output rows [h_begin, h_end) of image n; h_begin is even with pool. scratch: direct_scratch() floats.
+// Output rows [h_begin, h_end) of image n; h_begin is even with pool. scratch: a padded band of input rows, one row of sums, two
+// rows to pool.
 template <class T>
 static void direct_rows(const Image& x, const float* packed, const Output& out, int64_t n, int64_t h_begin, int64_t h_end,
                         float* scratch) {

@@ -1,5 +1,6 @@
 // Reading a size x size patch of an Image as floats, one vector of channels at a time.
-// The three kinds of image (conv3x3.h) meet here and nowhere else: transforms see plain fp32 patches.
+// Winograd's transforms see plain fp32 patches, whichever of the three kinds of image (conv3x3.h) there is. Direct convolution
+// reads rows (load_row in direct.inl), AMX's rows of bfloat16 (amx.inl).
 
 static inline uint32_t load_argmax(const uint8_t* p, int lanes) { // 2 bits a lane
   uint32_t packed = 0;

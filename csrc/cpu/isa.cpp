@@ -33,8 +33,9 @@ std::vector<const Kernels*> runnable() { // best first
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512) {
     if (has_amx()) found.push_back(&kernels_amx);
     found.push_back(&kernels_avx512);
   }
@@ -45,7 +46,7 @@ std::vector<const Kernels*> runnable() { // best first
   found.push_back(&kernels_baseline);
 #if defined(__x86_64__)
   // For tests alone, and slow: hence last.
-  if (found.front() != &kernels_avx2 && found.front() != &kernels_baseline) found.push_back(&kernels_amx_emulated);
+  if (avx512) found.push_back(&kernels_amx_emulated);
 #endif
   return found;
 }

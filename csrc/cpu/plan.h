@@ -14,6 +14,8 @@ struct Machine {
   int threads;
   bool amx = false;     // it has the tile registers
   int64_t l2 = 1 << 20; // bytes of a core's second-level cache
+  // Row blocks of so few tiles read U and Z for little work each, as those of AVX2 do.
+  bool short_row_blocks() const { return rows < 8; }
 };
 
 // How Winograd's steps (V of the input, M = V U, Y of M; in grad_weight Z of the gradients, S = V^T Z) are shared out.
@@ -32,13 +34,13 @@ enum class Schedule {
 constexpr int64_t bias_group = 16; // tiles whose gradients are summed in fp32 before the sums are added in double
 
 struct Plan {
-  Algorithm algorithm;
-  Schedule schedule;
-  int64_t tiles, depth;
-  int64_t groups; // grad_weight: parts of the tiles whose sums are kept apart; depends on the problem alone, and so do bits
+  Algorithm algorithm = Algorithm::direct;
+  Schedule schedule = Schedule::tile_fused;
+  int64_t tiles = 0, depth = 0;
+  int64_t groups = 1; // grad_weight: parts of the tiles whose sums are kept apart; depends on the problem alone, and so do bits
   // Direct and AMX: output rows a thread takes at once; 0 in grad_weight.
-  int64_t band;
-  const char* reason;
+  int64_t band = 0;
+  const char* reason = "";
   int64_t splits = 1; // outputs-split, forward's points-split, AMX: ranges of output channels; chunks-split: parts of the tiles
   Edges edges = {};
   bool pieces = false; // products of floats in three pieces, on AMX's tile registers
@@ -47,6 +49,19 @@ struct Plan {
   bool own_filters = false;
   int64_t in_splits = 1; // outputs-fused
 };
+
+inline Plan winograd_plan(Schedule schedule, int64_t tiles, int64_t depth, const Edges& edges, const char* reason) {
+  Plan plan;
+  plan.algorithm = Algorithm::winograd, plan.schedule = schedule;
+  plan.tiles = tiles, plan.depth = depth, plan.edges = edges, plan.reason = reason;
+  return plan;
+}
+
+inline Plan direct_plan(int64_t band, const char* reason) {
+  Plan plan;
+  plan.band = band, plan.reason = reason;
+  return plan;
+}
 
 inline std::string to_string(const Edges& e) {
   if (!e.row && !e.column) return "";
@@ -102,11 +117,18 @@ inline int64_t equal_chunk(int64_t count, int64_t largest, int64_t multiple) {
   return round_up(ceil_div(count, ceil_div(count, largest)), multiple);
 }
 
-// Direct: the padded fp32 band should stay in L2 beside the packed filters. Bands too few for many threads are cut.
-inline Plan plan_direct(int64_t n, int64_t in, int64_t h, int64_t w, int threads, const char* reason) {
-  const int64_t row_bytes = (w + 2) * in * 4, fitting = 256 * 1024 / row_bytes - 2;
+// A block of output channels of which few are there is mostly zeros; all taps of four channels fill it.
+inline bool taps_fill_a_block(int64_t in, int64_t out) {
+  return out <= 4 && in > 4;
+}
+
+// Direct: the padded fp32 band should stay in L2 beside the packed filters; where all taps fill one block, rows come one by one.
+// Bands too few for many threads are cut.
+inline Plan plan_direct(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, int threads, const char* reason) {
+  const int64_t row_bytes = (w + 2) * in * 4;
+  const int64_t fitting = taps_fill_a_block(in, out) ? 16 : 256 * 1024 / row_bytes - 2;
   const int64_t band = std::min(std::clamp<int64_t>(fitting / 2 * 2, 2, 16), round_up(h, 2));
-  return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, cut_band(band, 2, n, h, threads), reason};
+  return direct_plan(cut_band(band, 2, n, h, threads), reason);
 }
 
 // AMX: a thread keeps a padded band in L2, beside the filters of a block of output channels, and passes over it block by block. Few
@@ -117,7 +139,9 @@ inline Plan plan_amx(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, c
   const int64_t row_bytes = shape.row(w) * 2, image_bytes = shape.band(h, w) * 2, fitting = (1 << 19) / row_bytes - 2;
   const int64_t rows = round_up(h, 2), blocks = ceil_div(out, kAmxBlock);
   const bool many = blocks * shape.filters() * 2 > 1 << 20;
-  Plan plan{Algorithm::amx, Schedule::tile_fused, 0, 0, 0, rows, "filters are packed where they are used", m.threads};
+  Plan plan;
+  plan.algorithm = Algorithm::amx, plan.band = rows, plan.splits = m.threads,
+  plan.reason = "filters are packed where they are used";
   plan.own_filters = many && image_bytes <= (1 << 20) / n && blocks >= 2 * m.threads;
   plan.images = plan.own_filters ? n : many ? std::clamp<int64_t>((9 << 16) / image_bytes, 1, n) : 1;
   if (plan.own_filters) return plan;
@@ -125,7 +149,7 @@ inline Plan plan_amx(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, c
   plan.images = equal_chunk(n, plan.images, 1);
   if (plan.images == 1) plan.band = cut_band(std::min(std::max<int64_t>(fitting / 2 * 2, 2), rows), 8, n, h, 8 * m.threads);
   plan.splits = std::min(blocks, ceil_div(4 * m.threads, ceil_div(n, plan.images) * ceil_div(h, plan.band)));
-  plan.reason = "bfloat16 products are sixteen times as many there";
+  plan.reason = "tile registers multiply bfloat16 sixteen times as fast";
   return plan;
 }
 
@@ -133,7 +157,7 @@ inline Plan plan_amx(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, c
 // vectors are as empty where outputs are few, and those of its gradient of the filters; the transforms' where inputs are.
 inline const char* why_direct(bool few_channels, Algorithm wanted) {
   if (wanted == Algorithm::direct) return "asked for";
-  return few_channels && wanted != Algorithm::winograd ? "so few channels do not share the transforms" : nullptr;
+  return few_channels && wanted != Algorithm::winograd ? "with so few channels transforms cost more than they save" : nullptr;
 }
 
 // Passes over the filters, each of which makes them where they are used, or 0. M of a block of output channels stays in L2, and V,
@@ -157,7 +181,9 @@ inline int64_t split_depth(int64_t tiles, const Machine& m) {
 inline Plan plan_chunks(int64_t tiles, int64_t in, int64_t blocks, const Machine& m, const char* reason, const Edges& edges) {
   const int64_t even = std::min(ceil_div(4 * m.threads, blocks), ceil_div(2 * tiles, m.rows));
   const int64_t parts = std::min(std::max(even, ceil_div(m.threads, blocks)), tiles);
-  return {Algorithm::winograd, Schedule::chunks_split, tiles, in, 1, 0, reason, parts, edges};
+  Plan plan = winograd_plan(Schedule::chunks_split, tiles, in, edges, reason);
+  plan.splits = parts;
+  return plan;
 }
 
 // Whether AMX multiplies floats in pieces. Packing them costs what 20 to 40 of each value's products do, so that channels on both
@@ -171,54 +197,42 @@ inline bool in_pieces(int64_t in, int64_t out, const Machine& m) {
 inline Plan plan_pieces(int64_t tiles, int64_t in, int64_t out, const Machine& m, const Edges& edges) {
   const int64_t blocks = ceil_div(out, m.block), fitting = (64 << 20) / (36 * 4 * (in + out));
   const int64_t ranges = std::max(ceil_div(6 * in * blocks * m.block, 800 << 10), ceil_div(4 * m.threads, 36));
-  return {Algorithm::winograd,
-          Schedule::points_split,
-          equal_chunk(tiles, std::clamp<int64_t>(fitting, 128, 800), 1),
-          in,
-          1,
-          0,
-          "a float is three bfloat16",
-          std::min(blocks, ranges),
-          edges,
-          true};
+  const int64_t of_pass = equal_chunk(tiles, std::clamp<int64_t>(fitting, 128, 800), 1);
+  Plan plan = winograd_plan(Schedule::points_split, of_pass, in, edges, "a float is three bfloat16");
+  plan.splits = std::min(blocks, ranges), plan.pieces = true;
+  return plan;
 }
 
 // Forward and grad_input: n images of h x w, `in` channels read, `out` channels written.
 inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, const Machine& m, Algorithm wanted) {
   if (m.amx && dtype == DType::bf16 && wanted != Algorithm::winograd) return plan_amx(n, in, out, h, w, m);
   const char* direct = why_direct(in < 8 || out < 5 || in * out <= 64, wanted);
-  if (direct) return plan_direct(n, in, h, w, m.threads, direct);
+  if (direct) return plan_direct(n, in, out, h, w, m.threads, direct);
   const int64_t tiles = tile_grid(n, h, w).count(), blocks = ceil_div(out, m.block);
   const Edges edges = edges_of(h, w);
   if (in_pieces(in, out, m) && tiles >= 128) return plan_pieces(tiles, in, out, m, edges);
   const int64_t v_bytes = 36 * 4 * points_row(in, m) * m.rows, u_bytes = 36 * 4 * in * round_up(out, m.block);
   const int64_t split_passes = in < 64 ? 0 : split_channels_passes(tiles, blocks, u_bytes, m);
   if (split_passes > 0)
-    return {Algorithm::winograd,
-            Schedule::channels_split,
-            ceil_div(tiles, split_passes),
-            std::min(in, split_depth(tiles, m)),
-            1,
-            0,
-            split_passes > 1 ? "filters are made where they are used, once a pass"
-                             : "few tiles: filters are made where they are used",
-            1,
-            edges};
+    return winograd_plan(Schedule::channels_split, ceil_div(tiles, split_passes), std::min(in, split_depth(tiles, m)), edges,
+                         split_passes > 1 ? "filters are made where they are used, once a pass"
+                         : tiles > 128    ? "M of a block stays in L2: filters are made where they are used"
+                                          : "few tiles: filters are made where they are used");
   // V of a row block of tiles beyond L2, or U beyond what L3 keeps: U is then read once for as many tiles as M of a block of output
   // channels stays in L2 for. Row blocks of few tiles ask more of L3.
-  if (v_bytes > 768 * 1024 || u_bytes >= (m.rows < 8 ? 8 : 16) << 20) {
+  if (v_bytes > 768 * 1024 || u_bytes >= (m.short_row_blocks() ? 8 : 16) << 20) {
     const int64_t passes = ceil_div(tiles, 131), of_thread = ceil_div(tiles, round_up(passes, m.threads));
     if (of_thread >= 2 * m.rows)
-      return {Algorithm::winograd, Schedule::tile_fused, of_thread, in, 1, 0, "few passes over so many filters", 1, edges};
+      return winograd_plan(Schedule::tile_fused, of_thread, in, edges, "few passes over so many filters");
     return plan_chunks(ceil_div(tiles, passes), in, blocks, m, "few passes over so many filters, by many threads", edges);
   }
   // A row block of few tiles reads U from beyond L2 for few products; larger groups share it, while all threads have some. Where a
   // row block is 14 tiles two of them pay while V is small. Where such groups are too few, threads share V instead of waiting.
-  const int64_t largest = m.rows < 8 ? 48 : in <= 128 ? 2 * m.rows : m.rows;
+  const int64_t largest = m.short_row_blocks() ? 48 : in <= 128 ? 2 * m.rows : m.rows;
   const int64_t of_group = std::clamp<int64_t>(tiles / (4 * m.threads) / m.rows * m.rows, m.rows, largest);
   if (4 * ceil_div(tiles, of_group) < 3 * m.threads && blocks > 1)
     return plan_chunks(tiles, in, blocks, m, "groups of tiles are fewer than threads", edges);
-  return {Algorithm::winograd, Schedule::tile_fused, of_group, in, 1, 0, "V and M of a group of tiles stay in L2", 1, edges};
+  return winograd_plan(Schedule::tile_fused, of_group, in, edges, "V and M of a group of tiles stay in L2");
 }
 
 // A thread takes one of `groups` parts of the rows and one of `splits` ranges of output channels. What a chunk of `tiles` rows
@@ -233,7 +247,11 @@ inline Plan plan_amx_grad_weight(int64_t n, int64_t in, int64_t out, int64_t h, 
   const int64_t of_part = ceil_div(rows, parts);
   chunk = equal_chunk(of_part, chunk, 2);
   const int64_t splits = std::min(blocks, ceil_div(m.threads, parts));
-  return {Algorithm::amx, Schedule::outputs_split, chunk, in, parts, 0, "a product over pixels, of which a tap is a shift", splits};
+  Plan plan;
+  plan.algorithm = Algorithm::amx, plan.schedule = Schedule::outputs_split,
+  plan.reason = "a product over pixels, of which a tap is a shift";
+  plan.tiles = chunk, plan.depth = in, plan.groups = parts, plan.splits = splits;
+  return plan;
 }
 
 // Outputs fused: how many ranges of output and of input channels the threads finish soonest, if some wait for others so be it. A
@@ -263,7 +281,7 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
                                     Algorithm wanted) {
   if (m.amx && dtype == DType::bf16 && wanted != Algorithm::winograd && in >= 16) return plan_amx_grad_weight(n, in, out, h, w, m);
   const char* direct = why_direct(in < 12, wanted);
-  if (direct) return {Algorithm::direct, Schedule::tile_fused, 0, 0, 0, 0, direct};
+  if (direct) return direct_plan(0, direct);
   const int64_t tiles = tile_grid(n, h, w).count(), blocks = ceil_div(out, m.block);
   const int64_t tile_bytes = 36 * 4 * (points_row(in, m) + points_row(out, m)), s_bytes = 36 * 4 * in * round_up(out, m.block);
   // Each chunk passes V and Z through L3 once, and S once: neither should cost much more than the other. A last chunk of few tiles
@@ -277,10 +295,9 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
   // Where tiles are few, S is much beside V and Z: it is made in parts, each of all tiles, that need not go to memory. The fewer
   // tiles a row block has, the more often Z is read again. Threads that share V and Z take all tiles at once, too, for the same
   // bits.
-  const int64_t fused_tiles = s_bytes >= 16 << 20 ? 512 : m.rows < 8 ? 128 : 256;
+  const int64_t fused_tiles = s_bytes >= 16 << 20 ? 512 : m.short_row_blocks() ? 128 : 256;
   if (parts == 1 && tiles <= fused_tiles && !pieces) {
-    Plan plan{Algorithm::winograd, Schedule::points_split, tiles, in, 1, 0, few};
-    plan.edges = edges_of(h, w);
+    Plan plan = winograd_plan(Schedule::points_split, tiles, in, edges_of(h, w), few);
     const int64_t depth = std::min<int64_t>(in, 64);
     if (4 * blocks * ceil_div(in, depth) < 3 * m.threads) return plan;
     const Ranges ranges = fused_ranges(tiles, in, out, depth, m);
@@ -291,16 +308,10 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
   int64_t splits = 1;
   while (splits < blocks && parts * splits % m.threads != 0 && parts * splits < 4 * m.threads) ++splits;
   const bool enough = parts * splits >= m.threads;
-  return {Algorithm::winograd,
-          enough ? Schedule::outputs_split : Schedule::points_split,
-          equal_chunk(of_part, fitting, multiple),
-          in,
-          parts,
-          0,
-          enough ? "V and Z stay with the thread that made them" : few,
-          splits,
-          edges_of(h, w),
-          pieces};
+  Plan plan = winograd_plan(enough ? Schedule::outputs_split : Schedule::points_split, equal_chunk(of_part, fitting, multiple), in,
+                            edges_of(h, w), enough ? "V and Z stay with the thread that made them" : few);
+  plan.groups = parts, plan.splits = splits, plan.pieces = pieces;
+  return plan;
 }
 
 // Outputs of a fully connected layer that share a piece of x: their rows of weights are read in turn, a kilobyte or two of each.

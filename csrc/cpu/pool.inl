@@ -1,4 +1,5 @@
-// The standalone 2x2 max-pool and its gradient, for pools that no convolution precedes.
+// The 2x2 max-pool and its gradient by themselves: for pools that no convolution precedes, and where a fused convolution's gradient
+// is composed of torch's operations.
 
 // Rows [begin, end) of N * H/2.
 template <class T>

@@ -12,28 +12,24 @@ namespace {
 
 // ---- direct ----
 
-// A block of output channels of which few are there is mostly zeros; all taps of four channels fill it.
-bool few_outputs(const Filters& w) {
-  return w.out <= 4 && w.in > 4;
-}
-
 int64_t direct_workspace(const Kernels& k, const Image& x, const Filters& w) {
   return ceil_div(w.out, k.block) * 9 * x.c * k.block;
 }
 
-void forward_few(const Kernels& k, const Image& x, const Filters& w, const Output& out, float* packed, const Parallel& parallel) {
-  const int64_t band = 16, bands = ceil_div(x.h, band), columns = round_up(9 * w.out, k.block);
+void forward_few(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* packed,
+                 const Parallel& parallel) {
+  const int64_t bands = ceil_div(x.h, plan.band), columns = round_up(9 * w.out, k.block);
   k.few_filters(w, packed);
   parallel(x.n * bands, [&](int64_t job) {
-    const int64_t begin = job % bands * band;
-    k.few_rows(x, packed, out, job / bands, begin, std::min(begin + band, x.h),
+    const int64_t begin = job % bands * plan.band;
+    k.few_rows(x, packed, out, job / bands, begin, std::min(begin + plan.band, x.h),
                scratch((x.w + 2) * (x.c + 3 * columns) + 2 * x.w * k.block + 16 + k.width));
   });
 }
 
 void forward_direct(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output& out, float* packed,
                     const Parallel& parallel) {
-  if (few_outputs(w)) return forward_few(k, x, w, out, packed, parallel);
+  if (taps_fill_a_block(w.in, w.out)) return forward_few(k, plan, x, w, out, packed, parallel);
   const int64_t bands = ceil_div(x.h, plan.band);
   parallel(ceil_div(w.out, k.block), [&](int64_t b) { k.direct_filters(w, b, packed + b * 9 * x.c * k.block); });
   parallel(x.n * bands, [&](int64_t job) {
@@ -215,7 +211,7 @@ Machine machine(const Kernels& k, int threads) {
   return m;
 }
 
-int64_t forward_workspace(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, const Output&) {
+int64_t forward_workspace(const Kernels& k, const Plan& plan, const Image& x, const Filters& w) {
   if (plan.algorithm == Algorithm::amx) return amx_workspace(plan, x, w);
   const int64_t direct = direct_workspace(k, x, w); // Winograd may have to be repeated directly
   if (plan.algorithm == Algorithm::direct) return direct;
@@ -236,8 +232,8 @@ void forward(const Kernels& k, const Plan& plan, const Image& x, const Filters& 
                                                                  : forward_chunks_split;
     if (run(k, plan, x, w, out, workspace, parallel)) return;
   }
-  forward_direct(k, plan.algorithm == Algorithm::direct ? plan : plan_direct(x.n, x.c, x.h, x.w, 1, "Inf or NaN"), x, w, out,
-                 workspace, parallel);
+  forward_direct(k, plan.algorithm == Algorithm::direct ? plan : plan_direct(x.n, w.in, w.out, x.h, x.w, 1, "Inf or NaN"), x, w,
+                 out, workspace, parallel);
 }
 
 void max_pool(const Kernels& k, const Image& x, const Output& out, const Parallel& parallel) {

@@ -12,7 +12,7 @@ namespace vggfast::cpu {
 using Parallel = std::function<void(int64_t jobs, const std::function<void(int64_t)>& body)>;
 
 // y = conv3x3(x, w) with out's epilogue. workspace: forward_workspace() floats, aligned to 64 bytes.
-int64_t forward_workspace(const Kernels&, const Plan&, const Image& x, const Filters& w, const Output&);
+int64_t forward_workspace(const Kernels&, const Plan&, const Image& x, const Filters& w);
 void forward(const Kernels&, const Plan&, const Image& x, const Filters& w, const Output&, float* workspace, const Parallel&);
 
 // The same for a plan of Algorithm::amx, which the two above pass on.

@@ -33,16 +33,15 @@ void forward_amx(const Kernels& k, const Plan& plan, const Image& x, const Filte
 
 namespace {
 struct AmxGradient {
-  int64_t parts, padded, sums, bias; // sizes of a part in floats; bias in doubles
+  int64_t parts, padded, sums; // of a part: output channels, whose bias sums are doubles, and floats
   AmxGradient(const Plan& plan, const Image& x, const Image& dz)
-      : parts(plan.groups), padded(round_up(dz.c, kAmxBlock)), sums(padded / kAmxBlock * ceil_div(x.c, kAmxBlock) * kAmxSums),
-        bias(padded) {}
+      : parts(plan.groups), padded(round_up(dz.c, kAmxBlock)), sums(padded / kAmxBlock * ceil_div(x.c, kAmxBlock) * kAmxSums) {}
 };
 } // namespace
 
 int64_t grad_weight_amx_workspace(const Plan& plan, const Image& x, const Image& dz) {
   const AmxGradient g(plan, x, dz);
-  return g.parts * (g.sums + 2 * g.bias);
+  return g.parts * (g.sums + 2 * g.padded);
 }
 
 bool grad_weight_amx(const Kernels& k, const Plan& plan, const Image& x, const Image& dz, const Filters& dw, float* bias,
@@ -52,13 +51,13 @@ bool grad_weight_amx(const Kernels& k, const Plan& plan, const Image& x, const I
   const int64_t blocks = g.padded / kAmxBlock, pairs_of_rows = ceil_div(positions.rows(), 2);
   float* sums = workspace;
   double* bias_sums = reinterpret_cast<double*>(sums + g.parts * g.sums);
-  std::fill(bias_sums, bias_sums + g.parts * g.bias, 0.);
+  std::fill(bias_sums, bias_sums + g.parts * g.padded, 0.);
   parallel(g.parts * plan.splits, [&](int64_t job) {
     const int64_t part = job / plan.splits, split = job % plan.splits;
     const int64_t begin = blocks * split / plan.splits, end = blocks * (split + 1) / plan.splits;
     const AmxChunk chunk(positions, plan.tiles, x.c, (end - begin) * kAmxBlock);
     k.amx_grad_rows(x, dz, pairs_of_rows * part / g.parts * 2, pairs_of_rows * (part + 1) / g.parts * 2, plan.tiles, begin, end,
-                    sums + part * g.sums, bias_sums + part * g.bias, scratch(chunk.floats()));
+                    sums + part * g.sums, bias_sums + part * g.padded, scratch(chunk.floats()));
   });
   std::atomic<bool> finite{true};
   parallel(blocks, [&](int64_t b) {
@@ -69,7 +68,7 @@ bool grad_weight_amx(const Kernels& k, const Plan& plan, const Image& x, const I
   });
   for (int64_t c = 0; c < dz.c; ++c) {
     double sum = 0;
-    for (int64_t part = 0; part < g.parts; ++part) sum += bias_sums[part * g.bias + c];
+    for (int64_t part = 0; part < g.parts; ++part) sum += bias_sums[part * g.padded + c];
     bias[c] = float(sum);
   }
   return finite;

@@ -205,6 +205,7 @@ bool grad_filters_outputs_fused(const GradWeight& g, const Filters& dw, const Pa
                   c_end = parts * (in_split + 1) / plan.in_splits * plan.depth;
     float* s = scratch(36 * (s_position + v_position + (end - begin) * z_position) + k.block);
     const Points v{s + 36 * s_position, v_row, v_position};
+    // Ranges of input channels all make Z, and with it the sums of dZ: the first keeps them, the others put them aside.
     float* sums = in_split == 0 ? nullptr : v.data + 36 * (v_position + (end - begin) * z_position);
     const auto z_of = [&](int64_t block) {
       return Points{v.data + 36 * (v_position + (block - begin) * z_position), k.block, z_position};

@@ -109,6 +109,7 @@ static void whole_input(const Image& x, const TileRange& tiles, const Points& v)
     const bool inside = h >= 0 && w >= 0 && h + 6 <= x.h && w + 6 <= x.w;
     int64_t c = 0;
     for (; inside && c < whole; c += Vec::width) { // straight from the image
+      // The same pixels' next channels, or the first of the tile to the right. It may lie past the image: it is only asked for.
       const int64_t next = c + Vec::width < whole ? Vec::width : 4 * x.stride_w - c;
       input_tile<stream>((const float*)x.data + tile.n * x.stride_n + h * x.stride_h + w * x.stride_w + c, x.stride_h, x.stride_w,
                          p + c, v.position, next);

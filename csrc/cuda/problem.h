@@ -24,9 +24,6 @@ struct Problem {
   DType dtype;
   bool relu; // the forward pass applied ReLU
   bool pool; // the forward pass applied a 2x2 max pool after it (floor mode)
-
-  constexpr int64_t out_h() const { return pool ? h / 2 : h; }
-  constexpr int64_t out_w() const { return pool ? w / 2 : w; }
 };
 
 struct ForwardPointers {

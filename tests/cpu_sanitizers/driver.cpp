@@ -122,25 +122,37 @@ struct Problem {
   bool infinite = false;       // an Inf in x: Winograd is repeated by the direct kernel
 };
 
+Plan with_splits(Plan plan, int64_t splits) {
+  plan.splits = splits;
+  return plan;
+}
+
 // Every schedule, whether or not plan.h would choose it for so small a problem; direct first.
 std::vector<Plan> plans(DType dtype, const Problem& p, int64_t in, int64_t out, const Machine& m) {
   std::vector<Plan> all = {choose_plan(dtype, p.n, in, out, p.h, p.w, m, Algorithm::direct)};
   const bool pieces = m.amx && dtype == DType::f32;
-  if (m.amx && !pieces)
-    all.push_back({Algorithm::amx, Schedule::tile_fused, 0, 0, 0, 2, "driver", std::min<int64_t>(ceil_div(out, kAmxBlock), 2)});
+  if (m.amx && !pieces) {
+    Plan plan = with_splits(direct_plan(2, "driver"), std::min<int64_t>(ceil_div(out, kAmxBlock), 2));
+    plan.algorithm = Algorithm::amx;
+    all.push_back(plan);
+  }
   if (p.channels_first) return all;
   const int64_t tiles = tile_grid(p.n, p.h, p.w).count();
   const Edges edges = edges_of(p.h, p.w);
+  const auto winograd = [&](Schedule schedule, int64_t of_pass, int64_t depth) {
+    return winograd_plan(schedule, of_pass, depth, edges, "driver");
+  };
   if (pieces) {
-    if (in % 32 == 0)
-      all.push_back({Algorithm::winograd, Schedule::points_split, ceil_div(tiles, 2), in, 1, 0, "driver",
-                     std::min<int64_t>(ceil_div(out, m.block), 2), edges, true});
+    if (in % 32 != 0) return all;
+    Plan plan = with_splits(winograd(Schedule::points_split, ceil_div(tiles, 2), in), std::min<int64_t>(ceil_div(out, m.block), 2));
+    plan.pieces = true;
+    all.push_back(plan);
     return all;
   }
   all.push_back(choose_plan(dtype, p.n, in, out, p.h, p.w, m, Algorithm::automatic));
-  all.push_back({Algorithm::winograd, Schedule::tile_fused, m.rows, in, 2, 0, "driver", 1, edges});
-  all.push_back({Algorithm::winograd, Schedule::channels_split, tiles, std::min<int64_t>(in, 24), 1, 0, "driver", 1, edges});
-  all.push_back({Algorithm::winograd, Schedule::chunks_split, ceil_div(tiles, 2), in, 1, 0, "driver", 2, edges});
+  all.push_back(winograd(Schedule::tile_fused, m.rows, in));
+  all.push_back(winograd(Schedule::channels_split, tiles, std::min<int64_t>(in, 24)));
+  all.push_back(with_splits(winograd(Schedule::chunks_split, ceil_div(tiles, 2), in), 2));
   return all;
 }
 
@@ -204,7 +216,7 @@ private:
   void convolve(const char* what, const Image& image, const Filters& filters, const Output& out, int64_t count) {
     Expected expected;
     for (const Plan& plan : plans(dtype_, p_, image.c, filters.out, machine_)) {
-      Buffer workspace(forward_workspace(k_, plan, image, filters, out) * sizeof(float), 64);
+      Buffer workspace(forward_workspace(k_, plan, image, filters) * sizeof(float), 64);
       forward(k_, plan, image, filters, out, workspace.as<float>(), run_jobs);
       expected.check(what, plan, out.data, dtype_, count);
       ++calls;
@@ -215,12 +227,14 @@ private:
     Expected expected, expected_bias;
     const int64_t tiles = tile_grid(p_.n, p_.h, p_.w).count(), groups = ceil_div(tiles, 16), blocks = ceil_div(p_.out, k_.block);
     const bool pieces = machine_.amx && dtype_ == DType::f32;
+    const Edges edges = edges_of(p_.h, p_.w);
     const auto winograd = [&](Schedule schedule, int64_t splits) {
-      return Plan{Algorithm::winograd,  schedule, 16, p_.in, std::min<int64_t>(groups, 2), 0, "driver", std::min(splits, blocks),
-                  edges_of(p_.h, p_.w), pieces};
+      Plan plan = with_splits(winograd_plan(schedule, 16, p_.in, edges, "driver"), std::min(splits, blocks));
+      plan.groups = std::min<int64_t>(groups, 2), plan.pieces = pieces;
+      return plan;
     };
-    Plan fused{Algorithm::winograd,          Schedule::outputs_fused, tiles, std::min<int64_t>(p_.in, 24), 1, 0, "driver",
-               std::min<int64_t>(3, blocks), edges_of(p_.h, p_.w)};
+    Plan fused = with_splits(winograd_plan(Schedule::outputs_fused, tiles, std::min<int64_t>(p_.in, 24), edges, "driver"),
+                             std::min<int64_t>(3, blocks));
     fused.in_splits = std::min<int64_t>(2, ceil_div(p_.in, fused.depth));
     for (const Plan& plan : {choose_grad_weight_plan(dtype_, p_.n, p_.in, p_.out, p_.h, p_.w, machine_, Algorithm::direct),
                              winograd(Schedule::points_split, 1), winograd(Schedule::outputs_split, 3), fused}) {

@@ -65,7 +65,7 @@ class Contender:
     def missing(self) -> str:
         """Which package it lacks here, and how to get it; empty if it can run."""
         absent = [package for package in self.packages if importlib.util.find_spec(package) is None]
-        return f'not installed: {", ".join(absent)}; pip install "vggfast[bench]"' if absent else ""
+        return f"not installed: {', '.join(absent)}; pip install {' '.join(absent)}" if absent else ""
 
 
 _TORCH, _RUNTIMES, _JAX = "vggfast.bench.torch_runners", "vggfast.bench.runtimes", "vggfast.bench.jax_runner"

@@ -20,7 +20,7 @@ try:
     feature_take_indices: Any = importlib.import_module("timm.models._features").feature_take_indices
 except ImportError as error:
     raise ImportError(
-        f'vggfast.integrations.timm needs timm, which cannot be imported here ({error}): pip install "vggfast[timm]"'
+        f"vggfast.integrations.timm needs timm, which cannot be imported here ({error}): pip install timm"
     ) from error
 
 NAMES = ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")

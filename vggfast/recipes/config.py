@@ -79,6 +79,8 @@ class TrainConfig:
         size: height and width of the images, in pixels, at least 32.
         scale: length of the shorter edge that "paper" crops from, fixed ("256") or drawn for each image ("256-512");
             None is the latter at 224 pixels, and in proportion at other sizes.
+        weights: trained weights of the same network to start from: a path, a URL, or a name as "VGG16_Weights.DEFAULT". For another
+            number of classes the last layer stays random, for other channels of the images the first filters are adapted.
         warm_start: checkpoint of configuration A (vgg11, vgg11_bn, vgg11_lrn) to start from; see `warm_start.apply`.
         limit: use at most this many training images, and as many test images.
         seed: of initialisation, order, augmentation and dropout.
@@ -108,6 +110,7 @@ class TrainConfig:
     augment: str = "shift"
     size: int = 32
     scale: str | None = None
+    weights: str | None = None
     warm_start: str | None = None
     limit: int | None = None
     seed: int = 0
@@ -140,6 +143,10 @@ class TrainConfig:
         for name in ("warm_up", "label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise RecipeError(f"{name}: expected a number >= 0 and < 1, got {getattr(self, name)}")
+        if self.weights and self.warm_start:
+            raise RecipeError(
+                "weights, warm_start: expected one of them: either a whole network's weights, or some of vgg11's"
+            )
         _ = self.scale_range  # raises
 
     @property

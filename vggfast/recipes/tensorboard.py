@@ -14,7 +14,7 @@ class TensorBoard(Listener):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise RecipeError(
-                '--tensorboard needs tensorboard, which is not installed: pip install tensorboard, or "vggfast[train]"'
+                "--tensorboard needs tensorboard, which is not installed: pip install tensorboard"
             ) from error
         self._make = SummaryWriter
         self._folder, self._following = output / "tensorboard", following

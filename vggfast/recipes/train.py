@@ -15,9 +15,10 @@ from torch import nn
 import vggfast.models
 from vggfast.recipes import RecipeError, checkpoint, curve, warm_start
 from vggfast.recipes import data as datasets
-from vggfast.recipes.config import RECIPES, TrainConfig
+from vggfast.recipes.config import MODELS, RECIPES, TrainConfig
 from vggfast.recipes.distributed import Processes, local_device, processes
 from vggfast.recipes.trainer import CHECKPOINT, Epoch, Listener, Trainer
+from vggfast.weights import load_weights
 
 __all__ = ["Epoch", "Listener", "Result", "TrainConfig", "Trainer", "choose_device", "fit"]
 
@@ -105,12 +106,11 @@ def _fit(
         share=datasets.Share(group.rank, group.world, config.accumulate),
     )
     torch.manual_seed(config.seed)
-    model = model or build_model(config.model, data)
-    if config.warm_start and not resume:
-        report = warm_start.apply(model, config.warm_start)
-        if group.first:
-            listener.note(report)
-    trainer = Trainer(config, data, device, model, group)
+    name = config.model if model is None else type(model).__name__
+    model = build_model(config.model, data) if model is None else model
+    if not resume and (report := _start(model, config)) and group.first:
+        listener.note(report)
+    trainer = Trainer(config, data, device, model, group, name)
     if resume:
         trainer.restore(output / CHECKPOINT)
     if config.tensorboard and group.first:
@@ -126,7 +126,7 @@ def _fit(
     write_weights(trainer)
     write_metrics(trainer)  # again: the run may have been stopped between its last checkpoint and its metrics
     if group.first:
-        curve.plot(trainer.history, output / CURVE, f"{config.model} on {config.data}")
+        curve.plot(trainer.history, output / CURVE, f"{trainer.name} on {config.data}")
     return Result(
         trainer.tested,
         trainer.history[-1].test_accuracy,
@@ -194,6 +194,22 @@ def write_metrics(trainer: Trainer) -> None:
         table.writerows(dataclasses.asdict(row) for row in trainer.history)
 
 
+def _start(model: nn.Module, config: TrainConfig) -> str:
+    """Give `model` the trained weights that the run is to start from; what was done, or "" where it starts at random."""
+    if config.warm_start:
+        return warm_start.apply(model, config.warm_start)
+    if not config.weights:
+        return ""
+    before = {name: value.clone() for name, value in model.state_dict().items() if name.startswith("classifier.6.")}
+    try:
+        load_weights(model, config.weights, adapt=True)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise RecipeError(f"weights: {error}\n--model names the network: {', '.join(MODELS)}") from error
+    same = before and all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    kept = "; the last layer stays random, for it has other classes" if same else ""
+    return f"starts from {config.weights}{kept}"
+
+
 def write_weights(trainer: Trainer) -> None:
     """Write the weights as safetensors to the output folder, with what others need to use them (JSON) in it."""
     from safetensors import SafetensorError
@@ -203,7 +219,7 @@ def write_weights(trainer: Trainer) -> None:
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trainer.tested.state_dict().items()}
     data = trainer.data
-    about: dict[str, Any] = {"model": trainer.config.model, "in_channels": data.in_channels, "classes": data.classes}
+    about: dict[str, Any] = {"model": trainer.name, "in_channels": data.in_channels, "classes": data.classes}
     about["preprocessing"] = {
         "size": trainer.config.size,
         **(data.normalisation.to_dict() if data.normalisation else {}),

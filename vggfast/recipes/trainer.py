@@ -78,8 +78,10 @@ class Trainer:
         device: torch.device,
         model: nn.Module,
         processes: Processes | None = None,
+        name: str | None = None,
     ) -> None:
         self.config, self.data, self.device = config, data, device
+        self.name = name or config.model  # in what is shown and written
         self.processes = processes or Processes()
         self.share = datasets.Share(self.processes.rank, self.processes.world, config.accumulate)
         self.steps_between_reports = 1 if device.type == "cpu" else 10  # reading the loss makes a GPU wait

@@ -39,8 +39,7 @@ def build(augment: str, size: int, scale: tuple[int, int]) -> tuple[Transform, T
         from torchvision.transforms import v2
     except ImportError as error:
         raise RecipeError(
-            "--data FOLDER or SHARDS reads images with torchvision, which is not installed: "
-            'pip install torchvision, or "vggfast[train]"'
+            "--data FOLDER or SHARDS reads images with torchvision, which is not installed: pip install torchvision"
         ) from error
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
     normalise = [v2.Normalize(list(IMAGENET_MEAN), list(IMAGENET_STD))]
