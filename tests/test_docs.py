@@ -8,8 +8,10 @@ in one folder, which holds photos/ (train and val, two classes), shards/ (train-
 import importlib.util
 import io
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from vggfast import switches
 
@@ -106,6 +109,23 @@ def test_a_block_that_fails_is_noticed(tmp_path):
         )
         assert done.returncode != 0
         assert "all ran" not in done.stdout
+
+
+def test_the_guides_op_in_cpp_is_one(tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    (block,) = re.findall(r"^```cpp\n(.*?)^```$", (ROOT / "docs/guide.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "op.cpp").write_text(block)
+    (flag,) = re.findall(r"`(-DTORCH_TARGET_VERSION=0x[0-9a-f]+)`", (ROOT / "docs/guide.md").read_text())
+    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    command = ["g++", "-std=c++17", "-shared", "-fPIC", flag, *includes, "op.cpp", "-o", "op.so", *libraries]
+    subprocess.run([*command, "-ltorch_cpu", "-ltorch"], cwd=tmp_path, check=True)
+    torch.ops.load_library(tmp_path / "op.so")
+    x = torch.tensor([[-1.0, 2.0], [math.nan, -0.0]]).T
+    torch.testing.assert_close(torch.ops.example.relu_of(x), torch.relu(x), equal_nan=True, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="x: expected float32, got Double"):
+        torch.ops.example.relu_of(x.double())
 
 
 def test_the_table_of_switches_has_every_plan():

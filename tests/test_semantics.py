@@ -290,3 +290,23 @@ def test_flushing_denormals_is_obeyed_as_torch_obeys_it() -> None:
     assert not flushed[0].any()
     assert not flushed[1].any()
     assert ops.conv3x3(x, weight).max() > 0.9e-40
+
+
+def test_halves_are_read_as_they_are_where_denormals_are_flushed(isa: str) -> None:
+    """float16's subnormals are ordinary float32 values: torch's conversions do not flush them, whichever way they are read."""
+    torch.set_num_threads(1)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    half, small = torch.float16, 3e-5
+    grey, colour = normal(1, 16, 9, 9), normal(1, 3, 9, 9)  # channels_last is read in vectors, three planes one by one
+    for x, out in ((grey.to(memory_format=torch.channels_last), 20), (colour, 8)):
+        x, weight = (small * x).to(half), normal(out, x.shape[1], 3, 3, seed=1).to(half)
+        exact = F.conv2d(x.double(), weight.double(), padding=1)
+        assert float((ops.conv3x3(x, weight, relu=False).double() - exact).norm() / exact.norm()) < 4e-3
+    x, weight = normal(1, 16, 9, 9).to(half), (small * normal(20, 16, 3, 3, seed=1)).to(half)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    assert float((ops.conv3x3(x, weight, relu=False).double() - exact).norm() / exact.norm()) < 4e-3
+    x, grad = normal(4, 1024).to(half), (small * normal(4, 1024, seed=1)).to(half)
+    exact = grad.double().T @ x.double()
+    found = torch.ops.vggfast.linear_grad_weight(x, grad, None, True)[0]
+    assert float((found.double() - exact).norm() / exact.norm()) < 1e-3

@@ -32,11 +32,12 @@ static inline float to_float(BFloat16 b) {
   return bits_float(uint32_t(b.bits) << 16);
 }
 static inline float to_float(Float16 h) {
-  // Shift the exponent into fp32's place and let one multiplication renormalise subnormals; Inf and NaN have no such shift.
+  // Mantissa and exponent shift into fp32's place. A subnormal gets an exponent to be taken off again: as a subnormal float it
+  // would be zero where the CPU flushes those.
   const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, rest = uint32_t(h.bits & 0x7fff) << 13;
   if (rest >= 0x0f800000) return bits_float(sign | rest | 0x7f800000);
-  const float magnitude = bits_float(rest) * 0x1p112f;
-  return bits_float(sign | float_bits(magnitude));
+  if (rest >= 0x00800000) return bits_float(sign | (rest + 0x38000000));
+  return bits_float(sign | float_bits(bits_float(rest + 0x38800000) - 0x1p-14f));
 }
 
 static inline int64_t bytes_of(DType dtype) {
