@@ -135,3 +135,16 @@ def test_what_is_no_vgg(model, message):
 def test_a_size_of_which_nothing_is_left():
     with pytest.raises(ValueError, match="size: expected an image that the features leave something of, got 20"):
         to_dense(narrow_vgg(NARROW), 20)
+
+
+def test_a_layer_that_the_classifier_has_twice():
+    torch.manual_seed(0)
+    model = vggfast.vgg11(num_classes=10, init_weights=False)
+    relu, middle = nn.ReLU(), nn.Linear(64, 64)
+    model.avgpool = nn.AdaptiveAvgPool2d([7, 7])  # torch takes a list, too
+    model.classifier = nn.Sequential(nn.Linear(512 * 49, 64), relu, middle, relu, middle, relu, nn.Linear(64, 10))
+    model.eval()
+    dense, x = to_dense(model), torch.randn(1, 3, 224, 224)
+    assert len(dense.classifier) == 7
+    with torch.no_grad():
+        torch.testing.assert_close(dense(x).flatten(1), model(x), rtol=1e-4, atol=1e-5)

@@ -135,6 +135,14 @@ def test_the_table_and_the_dictionary() -> None:
     assert restored["rows"][0]["input"] == [2, 3, 32, 32]
 
 
+def test_a_layer_at_several_places_has_the_name_of_each() -> None:
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), shared, nn.ReLU(), shared, nn.ReLU(), shared)
+    model = convert(nn.Sequential(nn.Identity(), body))
+    names = [row.name for row in explain(model, normal(1, 3, 16, 16)).rows]
+    assert names == ["1.0..1", "1.2..3", "1.4..5", "1.6"]
+
+
 def test_the_text_for_a_terminal() -> None:
     explanation = explain(convert(Net()), normal(2, 3, 32, 32))
     wide = max(map(len, str(explanation).splitlines()))

@@ -259,3 +259,17 @@ def test_errors_name_what_there_is() -> None:
         vggfast.features(nn.Linear(2, 2), ["fc6"])
     with pytest.raises(TypeError, match="got str"):
         vggfast.features("vgg16", ["fc6"])
+
+
+def test_a_tap_that_average_pooling_hands_on_is_not_overwritten() -> None:
+    torch.manual_seed(0)
+    model = vggfast.vgg11(num_classes=10)
+    model.avgpool = nn.Identity()
+    model.classifier = nn.Sequential(
+        nn.Dropout(0.5, inplace=True), nn.Linear(512, 64), nn.ReLU(True), nn.Linear(64, 10)
+    )
+    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        alone = vggfast.features(model, ["pool5"])(x)["pool5"]
+        beside = vggfast.features(model, ["pool5", "fc6"]).train()(x)["pool5"]
+    assert torch.equal(alone, beside)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from network_reference import check_network, error
 from reference import LAYOUTS, WINOGRAD_BOUND, normal
 from test_fused import CHANNELS_LAST, _one_thread, batch_norm, block, conv, pair  # noqa: F401 (the fixture is every test's)
 from torch import Tensor, nn
+
+from vggfast import convert
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -82,3 +85,57 @@ def test_what_a_child_or_a_hook_sees_has_torchs_strides() -> None:
     fused[3].register_forward_hook(lambda module, inputs, output: flat.append((inputs[0].view(-1), output.view(-1))))
     fused(normal(2, 4, 8, 8))
     assert len(flat) == 1
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, Wrapped])
+@pytest.mark.parametrize(
+    "follower", [nn.Dropout2d(0.5, inplace=True), nn.ReLU(inplace=True), nn.Hardtanh(inplace=True)]
+)
+def test_an_in_place_layer_behind_a_nested_block(wrap: type[nn.Module], follower: nn.Module) -> None:
+    """The block's pooled output is its ReLU's mask, and leaves it as it is where the images are channels_last."""
+    gradients = []
+    for fuse in (convert, lambda network: network):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        network = fuse(nn.Sequential(wrap(block), follower, nn.Conv2d(8, 8, 3, padding=1)))
+        x = normal(2, 3, 8, 8).to(memory_format=torch.channels_last)
+        network(x).square().sum().backward()
+        gradients.append(block[0].weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+class Stop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_no_gradient_of_the_output_is_none_of_the_weights() -> None:
+    """Not zeros, with which an optimizer would let momentum and decay go on."""
+    network = convert(
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.MaxPool2d(2))
+    )
+    Stop.apply(network(normal(2, 3, 12, 12))).sum().backward()
+    head = convert(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(128, 8192), nn.ReLU()))
+    Stop.apply(head(normal(2, 3, 4, 4))).sum().backward()
+    assert all(p.grad is None for p in (*network.parameters(), *head.parameters()))
+
+
+def test_a_child_that_is_none_is_torchs_error() -> None:
+    for network in pair(conv(), nn.ReLU()):
+        network[1] = None
+        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+            network(normal(1, 4, 8, 8))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from test_fused_container import _one_thread, image, pair  # noqa: F401 (the fixture is every test's)
+from torch import nn
+
+from vggfast import FusedSequential
 
 
 @pytest.mark.parametrize(
@@ -63,4 +66,43 @@ def test_accumulated_gradients_have_the_strides_of_torchs(
         x = image().to(memory_format=layout).requires_grad_()
         network(x).sum().backward()
         strides.append([t.grad.stride() for t in (x, *network.parameters())])
+    assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "weights"),
+    [
+        (torch.contiguous_format, torch.contiguous_format),
+        (torch.contiguous_format, torch.channels_last),
+        (torch.channels_last, torch.channels_last),
+    ],
+)
+def test_gradients_to_differentiate_have_the_strides_of_torchs(
+    layout: torch.memory_format, weights: torch.memory_format
+) -> None:
+    """`torch.cat([g.view(-1) for g in gradients])` is how Hessian-vector products are written."""
+    strides = []
+    for network in pair():
+        network.to(memory_format=weights)
+        x = image().to(memory_format=layout).requires_grad_()
+        gradients = torch.autograd.grad(network(x).square().sum(), [x, *network.parameters()], create_graph=True)
+        named = {name: p.detach() for name, p in network.named_parameters()}
+        made = torch.func.grad(lambda p, net=network, x=x: torch.func.functional_call(net, p, (x,)).square().sum())(
+            named
+        )
+        strides.append([g.stride() for g in (*gradients, *made.values())])
+    assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize("size", [(1, 6, 4), (3, 1, 1), (1, 1, 1), (4, 1, 5), (1, 5, 1)])
+def test_gradients_of_images_with_a_dimension_of_size_one(size: tuple[int, ...]) -> None:
+    """Where a size is 1 contiguous tensors have more than one set of strides, and torch's next layer looks at them."""
+    strides = []
+    for build in (nn.Sequential, FusedSequential):
+        network = build(nn.Conv2d(size[0], 4, 3, padding=1), nn.ReLU())
+        x = torch.randn(2, *size, requires_grad=True)
+        (gradient,) = torch.autograd.grad(network(x).sum(), x)
+        network(x).sum().backward()
+        assert x.grad is not None
+        strides.append((gradient.stride(), x.grad.stride()))
     assert strides[0] == strides[1]

@@ -252,3 +252,16 @@ def test_copies_of_a_model_do_not_share_anything() -> None:
     ours, theirs = backward(model, images()), backward(other, images())
     for a, b in zip(ours, theirs, strict=True):
         assert_same_bits(a, b)
+
+
+def test_a_pass_that_ended_before_the_late_node_leaves_nothing_behind() -> None:
+    model = vggfast.convert(nn.Sequential(nn.Linear(1024, 1024), nn.ReLU()))
+    x = torch.randn(2, 1024, requires_grad=True)
+    y = model(x).square().sum()
+    torch.autograd.grad(y, x, retain_graph=True)
+    (again,) = torch.autograd.grad(y, model[0].weight, create_graph=True)
+    torch.autograd.grad(y, x, retain_graph=True)
+    with torch.autograd.set_detect_anomaly(True):
+        (watched,) = torch.autograd.grad(y, model[0].weight, retain_graph=True)
+    torch.testing.assert_close(again, watched)
+    torch.testing.assert_close(again, torch.autograd.grad(y, model[0].weight)[0])

@@ -380,3 +380,13 @@ def test_the_bound_of_the_rows_is_that_of_the_kernels() -> None:
     assert RAW.linear(x[:-1], weight, None, False).shape == (dispatch.LINEAR_ROWS, 8)
     with pytest.raises(RuntimeError, match=f"expected at most {dispatch.LINEAR_ROWS} rows of 8"):
         RAW.linear(x, weight, None, False)
+
+
+def test_nested_tensors_are_torchs() -> None:
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 1024))
+    x = torch.nested.nested_tensor([normal(3, 1024), normal(5, 1024, seed=1)])
+    with torch.no_grad():
+        expected = model(x)
+        found = vggfast.convert(model)(x)
+        assert all(torch.equal(a, b) for a, b in zip(found.unbind(), expected.unbind(), strict=True))
+        assert ops.linear(x, model[0].weight, model[0].bias).size(0) == 2

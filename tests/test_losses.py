@@ -341,6 +341,9 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (ValueError, r"images: expected floating point values in \(-1.0, 1.0\), got torch.uint8; input_range=\(0, 255\)", lambda: small_lpips(network)(images().to(torch.uint8), images())),
         (ValueError, r"target: expected the size of the input.* got \[2, 8, 16, 16\] for \[2, 8, 32, 32\] at relu1_2", lambda: small_lpips(network)(images(), images(size=16))),
         (ValueError, r"target: .* got \[2, 8, 32, 32\] for \[3, 8", lambda: small_lpips(network)(images(3), images())),
+        (ValueError, "target: expected what this loss has encoded, got one without pool1", lambda: Perceptual(network, ["pool1"])(images(), Encoded({}, {}))),
+        (ValueError, r"target: .* got \[2, 8, 8\] for \[3, 8, 8\] at relu1_2", lambda: Perceptual(network, {}, style=["relu1_2"])(images(3), images())),
+        (ValueError, "delta: expected a number above 0, got -1", lambda: Perceptual(network, ["pool1"], distance="huber", delta=-1)),
         (ValueError, "style: expected None beside an encoded target", lambda: Perceptual(network, ["pool1"])(images(), Encoded({}, {}), images())),
     ]  # fmt: skip
     for kind, message, call in cases:

@@ -114,3 +114,24 @@ def test_an_ensemble_by_vmap(layout: torch.memory_format) -> None:
     base, x = copy.deepcopy(networks[0]).to("meta"), image().to(memory_format=layout)
     y = torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (x,)))(params, buffers)
     assert_same(list(y.detach()), [nn.Sequential(*network)(x).detach() for network in networks])
+
+
+def test_a_gradient_within_a_gradient() -> None:
+    """The inner one is of a head alone, so that nothing at its level says that the body's pool is differentiated at all."""
+    found = []
+    for build in (FusedSequential, nn.Sequential):
+        torch.manual_seed(0)
+        body = build(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.MaxPool2d(2)
+        )
+        body.requires_grad_(False)
+        head = torch.randn(8)
+
+        def adapted(x: Tensor, body: nn.Module = body, head: Tensor = head) -> Tensor:
+            def loss(head: Tensor) -> Tensor:
+                return (body(x).mean((2, 3)) @ head).square().sum()
+
+            return loss(head - 0.1 * torch.func.grad(loss)(head))
+
+        found.append(torch.func.grad(adapted)(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

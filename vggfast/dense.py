@@ -78,7 +78,7 @@ def to_dense(model: nn.Module, size: int = 224) -> DenseVGG:
     channels, height, width = _features_of(features, size)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     first = True
-    for name, layer in classifier.named_children():  # type: ignore[union-attr]
+    for name, layer in classifier._modules.items():  # type: ignore[union-attr]  # named_children() has a module once
         if type(layer) is nn.Linear:
             weight = layer.weight.detach()
             shape = _pooled(avgpool, height, width) if first else (1, 1)
@@ -130,7 +130,7 @@ def _pooled(avgpool: nn.Module, height: int, width: int) -> tuple[int, int]:
     if type(avgpool) is not nn.AdaptiveAvgPool2d:
         raise TypeError(f"model.avgpool: expected nn.AdaptiveAvgPool2d or nn.Identity, got {type(avgpool).__name__}")
     output: Any = avgpool.output_size
-    rows, columns = output if isinstance(output, tuple) else (output, output)
+    rows, columns = output if isinstance(output, (tuple, list)) else (output, output)
     return rows or height, columns or width
 
 

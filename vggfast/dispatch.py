@@ -53,7 +53,7 @@ def why_not_max_pool2x2(x: Tensor) -> str:
 def why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """Why no kernel of ours takes this fully connected layer; empty if one does."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if any(t.device.type != "cpu" or t.layout != torch.strided for t in tensors):
+    if any(t.device.type != "cpu" or t.layout != torch.strided or t.is_nested for t in tensors):
         return "no kernel for other devices than CPUs, nor for other layouts"
     if reason := switches.why_not_cpu():
         return reason
@@ -168,8 +168,8 @@ def _why_not_pooled(x: Tensor) -> str:
 def _why_not_image(x: Tensor, pool: bool) -> str:
     if x.device.type not in _DEVICES:
         return f"no fused kernel for device {x.device.type}"
-    if x.layout != torch.strided:
-        return f"no fused kernel for layout {x.layout}"
+    if x.layout != torch.strided or x.is_nested:
+        return f"no fused kernel for layout {x.layout}" if not x.is_nested else "no fused kernel for nested tensors"
     if compute_dtype(x) not in _DTYPES:
         return f"no fused kernel for {x.dtype}"
     if x.dim() != 4:
@@ -220,3 +220,19 @@ def suggests_channels_last(t: Tensor) -> bool:
             return False
         least = strides[d] * sizes[d]
     return True
+
+
+def contiguous(t: Tensor) -> Tensor:
+    """`t` [N, C, H, W] with the strides of a new contiguous tensor; `contiguous()` keeps others where a size is 1."""
+    if 1 not in t.shape[1:]:
+        return t.contiguous()
+    _, c, h, w = t.shape
+    return t if t.stride() == (c * h * w, h * w, w, 1) else t.clone(memory_format=torch.contiguous_format)
+
+
+def in_layout(t: Tensor | None, channels_last: bool) -> Tensor | None:
+    """`t` [N, C, H, W] in channels_last memory, or as `contiguous` makes it."""
+    if t is None:
+        return None
+    # Not by memory_format, which vmap does not know.
+    return t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if channels_last else contiguous(t)

@@ -90,6 +90,8 @@ class Unit(Rule):
 
 def rule(distance: str, delta: float) -> Rule:
     """The rule of that name; ValueError where there is none."""
+    if distance == "huber" and not delta > 0:
+        raise ValueError(f"delta: expected a number above 0, got {delta}")
     rules = {"l1": Absolute(), "l2": Squared(), "huber": Huber(delta)}
     if distance not in rules:
         raise ValueError(f"distance: expected one of {', '.join(rules)}, got {distance!r}")

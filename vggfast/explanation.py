@@ -163,7 +163,9 @@ def _watch(
     def executed(step: Executed) -> None:
         seen.update(map(id, step.modules))
         if step.run is not None or isinstance(step.modules[0], _LISTED):
-            name = names.get(id(step.modules[0]), step.names[0])
+            # Not the module's own name: it may stand at several places.
+            within = names.get(id(step.modules[0]), "").rpartition(".")[0]
+            name = ".".join(filter(None, (within, step.names[0])))
             name += f"..{step.names[-1]}" if len(step.names) > 1 else ""
             rows.append(_row_inside(name, step, gpu))
             if model.training and (gpu is not None or (isinstance(step.x, Tensor) and step.x.is_cuda)):

@@ -155,6 +155,8 @@ def run_children(names: tuple[str, ...], children: tuple[nn.Module, ...], state:
 
 def _run_module(module: nn.Module, x: Any, layout: bool | None, keep: bool) -> tuple[Any, bool | None, bool]:
     """Call one child; takes and returns x, `layout` and `keep` as a `State` has them."""
+    if module is None:
+        return module(x), layout, keep
     hooked = hooked_globally() or any(child_obstacle(m) for m in module.modules())
     in_place = type(module) is nn.ReLU and module.inplace and isinstance(x, Tensor)
     keeps_layout = type(module) in (nn.ReLU, nn.BatchNorm2d) and not hooked
@@ -165,8 +167,12 @@ def _run_module(module: nn.Module, x: Any, layout: bool | None, keep: bool) -> t
         layout = False  # where the strides fit both formats, torch's new tensors are contiguous
     if keep and isinstance(x, Tensor) and _may_write(module):
         x, keep = x.clone(), False
-    makes_new = type(module) in STAGES
-    return module(x), layout, hooked or (keep and not makes_new)
+    y = module(x)
+    if type(module) in STAGES:
+        return y, layout, hooked
+    # Runs inside it, of another FusedSequential, may have saved their output as the ReLU's mask.
+    saved = isinstance(y, Tensor) and y.requires_grad and any(isinstance(m, FusedSequential) for m in module.modules())
+    return y, layout, hooked or keep or saved
 
 
 def _may_write(module: nn.Module) -> bool:

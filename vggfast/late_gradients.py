@@ -27,12 +27,15 @@ class _Late(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
         return weight.view_as(weight), None if bias is None else bias.view_as(bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, grad_weight: Tensor | None, grad_bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         make: Callable[[], Gradients] | None = getattr(grad_weight, _MAKE, None)
         expected, ctx.expects_placeholder = getattr(ctx, "expects_placeholder", False), False
+        if grad_weight is None:
+            return None, grad_bias
         if make is not None:
             made = make()
             return made[0], None if grad_bias is None else made[1]
@@ -77,6 +80,12 @@ def leaf(weight: Tensor) -> Tensor:
     return found
 
 
+def made_at_once(node: Any) -> None:
+    """``node``, of an operand of ``late`` or None, gets gradients: a pass before this one may have ended without its turn."""
+    if node is not None:
+        node.expects_placeholder = False
+
+
 def placeholders(
     node: Any, grad: Tensor, weight_shape: torch.Size, dtype: torch.dtype, make: Callable[[], Gradients]
 ) -> Gradients:
@@ -86,6 +95,7 @@ def placeholders(
     under functorch, gradients are made at once.
     """
     if dispatch.inside_functorch() or torch.is_anomaly_enabled():
+        made_at_once(node)
         return make()
     node.expects_placeholder = True
     nothing = grad.new_full((), float("nan"), dtype=dtype)

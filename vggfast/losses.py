@@ -112,9 +112,15 @@ class FeatureLoss(nn.Module):
             raise ValueError("style: expected None beside an encoded target; give it to encode")
         if not isinstance(target, Encoded):
             target = self._encode(target, style)
+        absent = [name for name in self.map_taps if name not in target.maps]
+        absent += [f"gram {name}" for name in self.gram_taps if name not in target.grams]
+        if absent:
+            raise ValueError(f"target: expected what this loss has encoded, got one without {', '.join(absent)}")
         ours = self._encode(input)
-        for name, wanted in target.maps.items():
-            a, b = ours.maps[name].shape, wanted.shape
+        pairs = [(name, ours.maps[name], target.maps[name]) for name in self.map_taps]
+        pairs += [(name, ours.grams[name], target.grams[name]) for name in self.gram_taps]
+        for name, found, wanted in pairs:
+            a, b = found.shape, wanted.shape
             if a[1:] != b[1:] or b[0] not in (1, a[0]):
                 raise ValueError(
                     f"target: expected the size of the input, and as many images or one, got {list(b)} for "

@@ -154,6 +154,8 @@ def linear_kernel(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gpu:
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
+    if dispatch.inside_functorch():
+        return True  # an outer level may want it, of which a tensor of this level says nothing
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -185,6 +187,7 @@ def _differentiated() -> bool:
 def _setup_conv3x3(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, relu, pool, save_argmax = inputs
     y, argmax = output
+    ctx.set_materialize_grads(False)  # no gradient of the output is none of the input, not zeros
     ctx.pool, ctx.size, ctx.argmax_saved = pool, x.shape[2:], save_argmax
     ctx.weight_channels_last = dispatch.suggests_channels_last(weight)
     ctx.contiguous = not (dispatch.suggests_channels_last(x) or ctx.weight_channels_last)
@@ -195,7 +198,9 @@ def _setup_conv3x3(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(argmax)
 
 
-def _backward_conv3x3(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_conv3x3(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
     x, weight, y, argmax = ctx.saved_tensors
     h, w = ctx.size
     if ctx.pool and not ctx.argmax_saved:
@@ -205,7 +210,8 @@ def _backward_conv3x3(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor 
     needs_x, needs_weight, needs_bias = ctx.needs  # ctx.needs_input_grad is not safe in two threads over one graph
     if _differentiated():
         grad_x, grad_weight, grad_bias = _composed_backward(x, weight, y, argmax, grad, h, w, ctx.needs)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        grad_weight = dispatch.in_layout(grad_weight, ctx.weight_channels_last)
+        return dispatch.in_layout(grad_x, not ctx.contiguous), grad_weight, grad_bias, None, None, None
     c = x.shape[1] if weight is None else weight.shape[1]
     no_input, no_weight = _steps_without_kernel(
         Problem(grad.shape[0], c, grad.shape[1], h, w, ctx.pool, grad.dtype), grad.device
@@ -216,7 +222,9 @@ def _backward_conv3x3(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor 
         grad_x, grad_weight, grad_bias = _composed_backward(x, weight, y, argmax, grad, h, w, by_aten)
     if needs_x and not no_input:
         grad_x = _ops.conv3x3_grad_input(grad, weight, y, argmax, h, w)
-        grad_x = grad_x.contiguous() if ctx.contiguous else grad_x  # as torch's is: people write grad.view(n, -1)
+        grad_x = (
+            dispatch.contiguous(grad_x) if ctx.contiguous else grad_x
+        )  # as torch's is: people write grad.view(n, -1)
     if (needs_weight or needs_bias) and not no_weight:
         grad_weight, grad_bias = _ops.conv3x3_grad_weight(x, grad, y, argmax)
         if ctx.weight_channels_last and needs_weight:  # as torch's; it is then what becomes `.grad`, without a copy
@@ -261,12 +269,15 @@ def _composed_backward(
 
 def _setup_max_pool2x2(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, ctx.argmax_saved = inputs
+    ctx.set_materialize_grads(False)
     ctx.size, ctx.contiguous = x.shape[2:], not dispatch.suggests_channels_last(x)
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward_max_pool2x2(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+def _backward_max_pool2x2(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None]:
+    if grad is None:
+        return None, None
     (argmax,) = ctx.saved_tensors
     h, w = ctx.size
     if not ctx.argmax_saved:
@@ -274,11 +285,12 @@ def _backward_max_pool2x2(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Ten
     if _differentiated():
         return _unpool(grad, argmax, h, w), None
     grad_x = _ops.max_pool2x2_grad(grad, argmax, h, w)
-    return grad_x.contiguous() if ctx.contiguous else grad_x, None
+    return dispatch.contiguous(grad_x) if ctx.contiguous else grad_x, None
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, relu = inputs
+    ctx.set_materialize_grads(False)
     ctx.needs = needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     ctx.weight_dtype, ctx.weight_shape, ctx.late = weight.dtype, weight.shape, late_gradients.node_of(weight)
     saved_x = x if needs_weight or needs_bias else None
@@ -287,11 +299,14 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(saved_x, weight if needs_x else None, output if relu else None)
 
 
-def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_linear(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 4
     x, weight, y = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs
     grad_x = grad_weight = grad_bias = None
     if _differentiated():
+        late_gradients.made_at_once(ctx.late)
         if y is not None:
             grad = torch.where(y.detach() <= 0, torch.zeros_like(grad), grad)
         grad_x = grad @ weight.to(grad.dtype) if needs_x else None

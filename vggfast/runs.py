@@ -149,6 +149,8 @@ def hooked_globally() -> bool:
 
 def child_obstacle(module: nn.Module) -> str:
     """Why `module` must be called as the module it is, or ""."""
+    if module is None:
+        return "is None"  # which torch calls, too, and so raises its TypeError
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
     if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:

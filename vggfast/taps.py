@@ -83,7 +83,8 @@ class Features(nn.Module):
         if self._pieces["classifier"]:
             x = self.avgpool(state.as_in_torch())
             x = x if isinstance(self.avgpool, PoolToGrid) else x.flatten(1)
-            self._run("classifier", State(x), found)
+            # Average pooling to the size that is there already, and flattening, may return what is a tap.
+            self._run("classifier", State(x, keep=state.keep or bool(found)), found)
         return {name: found[name] for name in self.taps}
 
     def _run(self, part: str, state: State, found: dict[str, Tensor]) -> State:
