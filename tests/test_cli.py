@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,21 @@ def test_train_shows_its_progress_on_a_terminal(tmp_path):
     assert re.search(r"epoch 2/2 ━+ +100 % +loss \d\.\d{4} +\d+ images/s +left 0:00:\d\d", frames)
 
 
+def test_paths_with_brackets_are_shown_as_they_are(tiny, tmp_path):
+    """rich takes words in brackets for markup."""
+    output = tmp_path / "out [lr=0.1] [/old]"
+    shown = run("train", "--data", "fake", "--limit", 32, "--epochs", 1, "--output", output).stdout.replace("\n", "")
+    assert f"weights:        {output}/model.safetensors" in shown
+
+
+def test_a_folder_that_may_not_be_entered_is_an_error(tiny, tmp_path, monkeypatch):
+    def refuse(self, *arguments):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)  # root may enter all
+    assert_one_message(run("train", "--data", tmp_path), str(tmp_path), "permission denied")
+
+
 def test_train_says_no_in_one_message(tiny, tmp_path):
     out = tmp_path / "run"
     assert run("train", "--output", out, *QUICK).exit_code == 0
@@ -240,8 +256,15 @@ def test_train_says_no_in_one_message(tiny, tmp_path):
     assert_one_message(run("train", "--output", tmp_path / "new", "--amp", "fp8"), "--amp", "fp8", "bf16")
     assert_one_message(run("train", "--output", tmp_path / "new", "--model", "vgg12"), "--model", "vgg12")
     assert_one_message(run("train", "--output", tmp_path / "new", "--device", "tpu"), "expected auto, cpu", "'tpu'")
+    assert_one_message(run("train", "--data", ""), "--data: expected digits", "got nothing")
+    assert_one_message(run("train", "--output", tmp_path / "new", "--seed", 2**64), "seed: expected less than 2^63")
+    assert_one_message(
+        run("predict", "x.png", "--weights", out, "--threads", 10**9), "--threads: expected at most 1024"
+    )
     (out / "checkpoint.pt").write_bytes(b"PK")
     assert_one_message(run("train", "--output", out, "--resume"), "cannot be read as a checkpoint", "--overwrite")
+    (out / "checkpoint.pt").unlink()
+    assert_one_message(run("train", "--output", out, *QUICK), "model.safetensors exists", "Replace it with --overwrite")
 
 
 def test_train_names_and_counts_images_that_cannot_be_read(tiny, tmp_path):
@@ -291,7 +314,9 @@ def test_train_a_real_vgg(tmp_path):
     shutil.rmtree(tmp_path / "run")  # 1.5 GB that pytest would keep
 
 
-def test_ctrl_c_ends_a_run_with_the_way_to_go_on(tmp_path):
+@pytest.mark.parametrize("saved", [False, True])
+def test_ctrl_c_ends_a_run_with_the_way_to_go_on_where_there_is_one(tmp_path, saved):
+    output = tmp_path / "a run"
     # A shell's background jobs ignore SIGINT and their children inherit it; a terminal's do not.
     script = f"""
 import signal, sys
@@ -301,10 +326,13 @@ from test_cli import *
 training.build_model = lambda name, data: tiny_model(data.in_channels)
 cli.main()
 """
-    command = [sys.executable, "-c", script, "train", "--output", str(tmp_path), "--epochs", "1000", "--threads", "1"]
+    command = [sys.executable, "-c", script, "train", "--output", str(output), "--epochs", "1000", "--threads", "1"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert "1,438 images to train on" in process.stdout.readline()
+        while saved and not (output / "checkpoint.pt").exists():
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
-    assert stderr == f"interrupted; go on with: vggfast train --output {tmp_path} --resume\n"
+    way = f"go on with: vggfast train --output '{output}' --resume" if saved else "it had saved nothing yet"
+    assert stderr == f"interrupted; {way}\n"

@@ -302,3 +302,53 @@ def test_recognise():
     assert recognise(["block1_conv1.kernel"]) == "keras"
     assert recognise(["features.0.weight", "head.fc.weight"]) == "timm"
     assert recognise(["layer1.0.conv1.weight"]) is None
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"classes": "2"},
+        {"classes": '{"0": "cat", "1": "dog"}'},
+        {"classes": '["cat"]'},
+        {"classes": "cat,dog"},
+        {"preprocessing": '"imagenet"'},
+        {"preprocessing": '{"mean": [0.5, 0.5, 0.5]}'},
+        {"preprocessing": '{"mean": [0.5, 0.5], "std": [0.5, 0.5], "size": "64"}'},
+        {"preprocessing": '{"size": [64, 64], "scale": 64.5}'},
+    ],
+)
+def test_metadata_of_others_are_left_out(about, tmp_path):
+    save_file(narrow_vgg(NARROW, num_classes=2).state_dict(), tmp_path / "a.safetensors", about)
+    loaded = load_model(tmp_path / "a.safetensors")
+    assert (loaded.classes, loaded.normalisation_known, loaded.size, loaded.scale) == (None, False, None, None)
+
+
+def test_what_stands_beside_the_tensors_and_prefixes_in_either_order(tmp_path):
+    state = narrow_vgg(NARROW, num_classes=2).state_dict()
+    for name, wrapped in (
+        ("flat", {**state, "epoch": 3}),
+        ("inner", {"state_dict": {**state, "epoch": 3, "arch": "vgg"}}),
+        ("compiled first", {f"module._orig_mod.{key}": value for key, value in state.items()}),
+        ("compiled last", {f"_orig_mod.module.{key}": value for key, value in state.items()}),
+    ):
+        torch.save(wrapped, tmp_path / f"{name}.pth")
+        found = load_model(tmp_path / f"{name}.pth").model.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in state.items()), name
+
+
+def test_a_network_of_other_names_is_no_vgg(tmp_path):
+    torch.save(
+        {"features.conv0.weight": torch.zeros(8, 3, 3, 3), "features.0.weight": torch.zeros(8)}, tmp_path / "a.pth"
+    )
+    with pytest.raises(ValueError, match="expected a VGG checkpoint"):
+        load_model(tmp_path / "a.pth")
+
+
+def test_sparse_tensors_leave_a_model_as_it_was(tmp_path):
+    model, other = narrow_vgg(NARROW, num_classes=2), narrow_vgg(NARROW, num_classes=2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = other.state_dict() | {"classifier.6.weight": other.classifier[6].weight.detach().to_sparse()}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(RuntimeError, match=r"sparse or quantised ones: classifier\.6\.weight"):
+        load_weights(model, tmp_path / "a.pth")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -268,6 +268,10 @@ def test_killed_at_any_moment_it_loses_an_epoch_at_most(tmp_path, script):
     resumed = tiny_fit(tmp_path / "killed", resume=True)
     assert_same_weights(tiny_fit(tmp_path / "whole").weights, resumed.weights)
     assert len(list((tmp_path / "killed").iterdir())) == 4  # half-written leftovers are gone
+    theirs = tmp_path / "killed" / f".checkpoint.pt.{os.getppid()}.tmp"  # of a run that lives
+    theirs.touch()
+    tiny_fit(tmp_path / "killed", overwrite=True, epochs=1)
+    assert theirs.exists()
 
 
 def test_what_is_said_comes_before_the_recipe():

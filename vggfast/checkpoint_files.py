@@ -89,9 +89,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path}: expected a state_dict (names and tensors), alone or under one of {', '.join(_WRAPPERS)}; "
             f"got {type(state).__name__}{keys}"
         )
-    state = dict(state)
-    for prefix in _PREFIXES:
-        nn.modules.utils.consume_prefix_in_state_dict_if_present(state, prefix)
+    # An epoch or a name beside the tensors is none of the model's entries.
+    state = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    while any(key.startswith(_PREFIXES) for key in state):  # one within the other, in either order
+        for prefix in _PREFIXES:
+            nn.modules.utils.consume_prefix_in_state_dict_if_present(state, prefix)
     return state
 
 

@@ -4,8 +4,10 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +43,11 @@ def errors_for_users() -> Iterator[None]:
         yield
     except RecipeError as error:
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except PermissionError as error:
+        typer.echo(
+            f"error: {error.filename or error}: permission denied; choose another, or have it made readable", err=True
+        )
         raise typer.Exit(2) from None
 
 
@@ -344,7 +351,10 @@ def _train(
     from vggfast.recipes.train import fit
 
     shown = Console(soft_wrap=True, quiet=True) if rank() else console  # under torchrun one process speaks
+    if data is not None and not data.strip():
+        raise RecipeError("--data: expected digits, mnist, fake, a folder or shards, got nothing")
     folder = str(output or TrainConfig.recipe(data or "digits").output)
+    started = time.time()
     if resume:
         config = TrainConfig.resumed(folder, **said, **({"data": data} if data else {}))
     else:
@@ -354,7 +364,12 @@ def _train(
         with ProgressBar(shown) as bar:
             result = fit(config, resume=resume, overwrite=overwrite, listener=bar)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; go on with: vggfast train --output {folder} --resume", err=True)
+        saved = Path(folder) / "checkpoint.pt"
+        if resume or (saved.exists() and saved.stat().st_mtime >= started):
+            way = f"go on with: vggfast train --output {shlex.quote(folder)} --resume"
+        else:
+            way = f"it had saved nothing yet{f', and {saved} is of a run before' if saved.exists() else ''}"
+        typer.echo(f"interrupted; {way}", err=True)
         raise typer.Exit(130) from None
     shown.print(f"test accuracy {result.test_accuracy:.2%}", style="bold", highlight=False)
     if skipped := result.history[-1].unreadable:
@@ -365,4 +380,4 @@ def _train(
         ("weights", result.weights),
         ("checkpoint", result.checkpoint),
     ):
-        shown.print(f"{what + ':':<16}{path}", highlight=False)
+        shown.print(f"{what + ':':<16}{path}", highlight=False, markup=False)

@@ -80,7 +80,7 @@ def load_model(weights: WeightsSpec, progress: bool = True) -> LoadedModel:
     missing, unexpected = model.load_state_dict(_with_batch_counts(model, state), strict=False, assign=True)
     if missing or unexpected:
         raise ValueError(f"{path}: missing keys {missing[:4]}, unexpected keys {unexpected[:4]}")
-    about = _about(spec, path, layout)
+    about = _about(spec, path, layout, found)
     return LoadedModel(model.eval(), in_channels=found.in_channels, layout=layout, source=str(weights), **about)
 
 
@@ -105,7 +105,8 @@ def _with_batch_counts(model: nn.Module, state: Mapping[str, Tensor]) -> dict[st
     return {key: torch.zeros((), dtype=torch.int64) for key in counts} | dict(state)
 
 
-def _about(spec: Any, path: Path, layout: str) -> dict[str, Any]:
+def _about(spec: Any, path: Path, layout: str, found: Architecture) -> dict[str, Any]:
+    """What is known of the images; metadata of other programs that only look like ours are left out."""
     if isinstance(spec, WeightsEnum):
         published = spec.transforms.keywords  # type: ignore[attr-defined]
         normalisation = Normalisation(published.get("mean", IMAGENET_MEAN), published.get("std", IMAGENET_STD))
@@ -116,15 +117,23 @@ def _about(spec: Any, path: Path, layout: str) -> dict[str, Any]:
             "size": published["crop_size"],
         }
     metadata = read_metadata(path)
-    said = metadata.get("preprocessing") or {}
+    classes, said = metadata.get("classes"), metadata.get("preprocessing")
+    named = isinstance(classes, list) and len(classes) == found.num_classes and all(isinstance(c, str) for c in classes)
+    said = said if isinstance(said, dict) else {}
+    known = all(_numbers(said.get(key), found.in_channels) for key in ("mean", "std"))
     default = CAFFE if layout == "keras" else Normalisation()
+    size, scale = (value if type(value) is int else None for value in (said.get("size"), said.get("scale")))
     return {
-        "classes": metadata.get("classes"),
-        "normalisation": Normalisation.from_dict(said) if "mean" in said else default,
-        "normalisation_known": "mean" in said or layout == "keras",
-        "size": said.get("size"),
-        "scale": said.get("scale"),
+        "classes": classes if named else None,
+        "normalisation": Normalisation.from_dict(said) if known else default,
+        "normalisation_known": known or layout == "keras",
+        "size": size,
+        "scale": scale,
     }
+
+
+def _numbers(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(isinstance(n, (int, float)) for n in value)
 
 
 def save_weights(

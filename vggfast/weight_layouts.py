@@ -70,7 +70,7 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def is_convolution(key: str, value: Tensor) -> bool:
     """Whether this entry of a torchvision layout is a convolution's weight."""
-    return key.startswith("features.") and key.endswith(".weight") and value.ndim == 4
+    return re.fullmatch(r"features\.\d+\.weight", key) is not None and value.ndim == 4
 
 
 def _rename(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from vggfast.checkpoint_files import SUFFIXES, fetch, read_state_dict
@@ -266,6 +267,9 @@ def load_weights(model: nn.Module, weights: WeightsSpec, progress: bool = True, 
         report = "".join(f"\n  {title} ({len(items)}): {_shorten(items)}" for title, items in lists if items)
         advice = _advice(own, state, shapes, headless)
         raise RuntimeError(f"{weights} does not fit {type(model).__name__}:{report}\n{advice}")
+    odd = [key for key, value in state.items() if value.layout != torch.strided or value.is_quantized]
+    if odd:  # which load_state_dict would find out with half of the entries copied
+        raise RuntimeError(f"{weights}: expected dense tensors, got sparse or quantised ones: {_shorten(odd)}")
     model.load_state_dict(state, strict=False)
 
 

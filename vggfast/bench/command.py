@@ -62,10 +62,10 @@ def bench(
     )
     if json:
         results.save(data, json)
-        console.print(f"{'data:':<16}{json}", highlight=False)
+        console.print(f"{'data:':<16}{json}", highlight=False, markup=False)
     drawn = plots.draw_all(data, plot) if plot else {}
     for title, path in drawn.items():
-        console.print(f"{title + ':':<16} {path}", highlight=False)
+        console.print(f"{title + ':':<16} {path}", highlight=False, markup=False)
     if plot and not drawn:
         measured = ", ".join(group["id"] for group in data["groups"])
         console.print(f"no picture: vggfast has no result in {measured}", style="yellow", highlight=False)

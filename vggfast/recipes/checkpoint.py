@@ -43,9 +43,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete the temporary files that runs killed while writing `path` left beside it."""
+    """Delete the temporary files that runs killed while writing `path` left beside it; not those of a run that lives."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+        process = leftover.name.split(".")[-2]
+        if not (process.isdecimal() and _lives(int(process))):
+            leftover.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return process != os.getpid()
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -75,7 +87,9 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
         if damaged is not None:
             raise zipfile.BadZipFile(f"CRC mismatch in {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except PermissionError:
+        raise
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise RecipeError(
             f"{path} cannot be read as a checkpoint ({reason}): it is damaged or not a checkpoint. Restore it from a "

@@ -9,11 +9,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from vggfast.allocator import keep_freed_memory
 from vggfast.loading import LoadedModel
 from vggfast.recipes import RecipeError
-from vggfast.recipes.config import AMP_DTYPES
+from vggfast.recipes.config import AMP_DTYPES, MOST_THREADS
 from vggfast.recipes.evaluate import BUILT_IN, Evaluation, Labelled, find
 from vggfast.recipes.evaluate import evaluate as run_evaluation
 from vggfast.recipes.predict import default_scales, default_size, open_model
@@ -100,7 +101,7 @@ def evaluate(
         settings = {"data": images.name, "weights": weights, "views": str(views), "views_of_an_image": views.count}
         typer.echo(json.dumps({**settings, **result.to_dict()}, indent=2))
         return
-    table = Table(title=f"{images.name}\n{views}", title_justify="left")
+    table = Table(title=Text(f"{images.name}\n{views}"), title_justify="left")
     for column in ("", "accuracy", "error"):
         table.add_column(column, justify="right")
     for k in result.correct:
@@ -114,7 +115,7 @@ def evaluate(
 
 
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.", readable=False)],
     weights: WeightsOption,
     top: Annotated[int, typer.Option(min=1, help="Classes to show of each image.")] = 5,
     size: SizeOption = None,
@@ -158,6 +159,8 @@ def _prepare(
     keep_freed_memory()
     place = choose_device(device)
     if threads is not None:
+        if threads > MOST_THREADS:
+            raise RecipeError(f"--threads: expected at most {MOST_THREADS}, got {threads}")
         torch.set_num_threads(threads)
     return place, [open_model(each, preprocessing) for each in weights]
 

@@ -137,6 +137,8 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise RecipeError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.seed >= 2**63:
+            raise RecipeError(f"seed: expected less than 2^63, got {self.seed}")
         for name in ("lr", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RecipeError(f"{name}: expected a finite number >= 0, got {getattr(self, name)}")
@@ -180,7 +182,7 @@ class TrainConfig:
             defaults = DIGITS_WITHOUT_BATCH_NORM
         else:
             defaults = RECIPES[data]
-        name = Path(data).name if not data.endswith(".tar") else Path(data).parent.name or "shards"
+        name = Path(data).resolve().name if not data.endswith(".tar") else Path(data).parent.name or "shards"
         return cls(**{"data": data, "output": str(Path("runs") / name), **defaults, **settings})
 
     @classmethod

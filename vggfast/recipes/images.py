@@ -139,11 +139,11 @@ class _SeededImages(Dataset[Read]):
         file = self.images.files[chosen]
         try:
             picture = pictures.decode(file.read()).convert("RGB")
-        except Exception as error:
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(generator_for(self.seed, epoch, index).get_state())
+                return self.transform(picture), self.images.targets[chosen]
+        except Exception as error:  # of the transform MemoryError, where an image is a thousand times as long as wide
             return str(file), pictures.reason(error)
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(generator_for(self.seed, epoch, index).get_state())
-            return self.transform(picture), self.images.targets[chosen]
 
     def collate(self, items: list[Read]) -> tuple[Tensor, Tensor, dict[str, str]]:
         """Images, labels, and the unreadable ones; there may be no image at all."""

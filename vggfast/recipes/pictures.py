@@ -61,6 +61,10 @@ def read_bytes(name: str, content: Callable[[], bytes]) -> Any:
         raise Unreadable(f"{name} cannot be read as an image ({reason(error)})") from error
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def in_class_folders(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     """Classes and labelled files of `root`/<class>/…, in torchvision's order. Raises RecipeError where there are none."""
     if not root.is_dir():
@@ -72,7 +76,7 @@ def in_class_folders(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     files = [
         (Path(folder) / name, label)
         for label, class_name in enumerate(classes)
-        for folder, _, names in sorted(os.walk(root / class_name, followlinks=True))
+        for folder, _, names in sorted(os.walk(root / class_name, onerror=_raise, followlinks=True))
         for name in sorted(names)
         if name.lower().endswith(SUFFIXES)
     ]

@@ -38,6 +38,7 @@ class ProgressBar(Listener):
             f"on {trainer.device}, amp {config.amp}"
             + (f", {trainer.processes.world} processes" if trainer.processes.world > 1 else ""),
             highlight=False,
+            markup=False,
         )
         if trainer.epoch or trainer.step:
             self._console.print(f"resumed after epoch {trainer.epoch}, step {trainer.step}", highlight=False)

@@ -91,6 +91,7 @@ def _fit(
     listener: Listener,
 ) -> Result:
     output = Path(config.output)
+    _check_place(config)
     if group.first:
         prepare_output(output, resume, overwrite)
     data = datasets.load(
@@ -164,6 +165,12 @@ def prepare_output(output: Path, resume: bool, overwrite: bool) -> Path:
     """Make the folder and see that it can be written; RecipeError where not, or where a checkpoint would be lost."""
     if resume and overwrite:
         raise RecipeError("expected --resume (go on) or --overwrite (start anew), got both")
+    there = next((output / name for name in (CHECKPOINT, WEIGHTS) if (output / name).exists()), None)
+    if there and not (resume or overwrite):
+        go_on = "Go on from it with --resume, replace it" if there.name == CHECKPOINT else "Replace it"
+        raise RecipeError(
+            f"{there} exists: a run was there before. {go_on} with --overwrite, or choose another --output"
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name in (CHECKPOINT, WEIGHTS, METRICS, CURVE):
@@ -173,12 +180,16 @@ def prepare_output(output: Path, resume: bool, overwrite: bool) -> Path:
         (output / ".writable").unlink()
     except (OSError, RecipeError) as error:
         raise RecipeError(f"cannot write to the output folder {output} ({error}). Choose another --output") from error
-    if (output / CHECKPOINT).exists() and not (resume or overwrite):
-        raise RecipeError(
-            f"{output / CHECKPOINT} exists: a run was there before. Go on from it with --resume, replace it with "
-            "--overwrite, or choose another --output"
-        )
     return output
+
+
+def _check_place(config: TrainConfig) -> None:
+    """RecipeError where the output would be taken for a class of the images."""
+    root, output = Path(config.data).resolve(), Path(config.output).resolve()
+    if config.data not in RECIPES and root.is_dir() and not (root / "train").is_dir() and output.is_relative_to(root):
+        raise RecipeError(
+            f"output: {config.output} lies in {config.data}, of which each folder is a class of images. Choose another --output"
+        )
 
 
 def write_metrics(trainer: Trainer) -> None:
