@@ -327,31 +327,3 @@ def test_an_augmentation_of_other_data_is_reported(tmp_path):
         RecipeError, match="augment: expected one of none, shift, affine for --data digits, got 'paper'"
     ):
         datasets.load("digits", size=32, batch_size=4, seed=0, augment="paper")
-
-
-def test_the_output_may_not_be_taken_for_a_class(tmp_path, monkeypatch):
-    write_images(tmp_path / "flat", {"cat": 3, "dog": 3})
-    monkeypatch.chdir(tmp_path / "flat")
-    for settings in ({"data": "."}, {"data": str(tmp_path / "flat"), "output": "results"}):
-        with pytest.raises(RecipeError, match=r"of which each folder is a class of images\. Choose another --output"):
-            fit(TrainConfig.recipe(**settings, size=32, epochs=1), model=tiny_model(3))
-    assert sorted(entry.name for entry in (tmp_path / "flat").iterdir()) == ["cat", "dog"]
-
-
-def test_an_image_that_cannot_be_transformed_is_skipped_and_named(tmp_path, monkeypatch):
-    """As one of 1 x 20,000 pixels, for which rescaling wants more memory than there is."""
-    from PIL import Image
-
-    write_images(tmp_path, {"train/cat": 3, "train/dog": 3, "val/cat": 1, "val/dog": 1})
-    Image.new("RGB", (40, 50), (1, 2, 3)).save(tmp_path / "train/cat/0.png")
-    images = load_folder(tmp_path)
-    transform = images._train.transform
-
-    def short_of_memory(picture):
-        if picture.getpixel((0, 0)) == (1, 2, 3):
-            raise MemoryError
-        return transform(picture)
-
-    monkeypatch.setattr(images._train, "transform", short_of_memory)
-    assert sum(len(labels) for _, labels in images.train_batches(0)) == 5
-    assert images.unreadable == {str(tmp_path / "train/cat/0.png"): "MemoryError"}

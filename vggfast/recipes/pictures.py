@@ -6,6 +6,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vggfast.recipes import RecipeError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
@@ -25,10 +27,24 @@ def decode(content: bytes) -> Any:
     try:
         with Image.open(BytesIO(content)) as image:
             image.load()
-            image = _upright(image)
+            image = _upright(_of_bytes(image))
             return image if image.mode in ("L", "RGB") else image.convert("RGB")
     except UnidentifiedImageError:  # its own message has an address
         raise ValueError("in no format that Pillow knows" if content else "empty") from None
+
+
+def _of_bytes(image: Any) -> Any:
+    """Greys of 16 bits as the 8 most significant ones: Pillow would cut off all that is above 255."""
+    from PIL import Image
+
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # as older Pillows read them
+    if not wide:
+        return image
+    made = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    made.info = image.info
+    if exif := image.getexif():
+        made.info["exif"] = exif.tobytes()
+    return made
 
 
 def _upright(image: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +123,7 @@ class Trainer:
         trained = time.perf_counter()
         test_loss, test_accuracy, test_skipped = self.evaluate()
         self._name_unreadable(listener)
+        self._check_finite(test_loss, f"on the held-out images became {test_loss} in epoch {self.epoch + 1}")
         row = Epoch(
             epoch=self.epoch + 1,
             train_loss=loss / self._readable(images, "train on"),
@@ -153,12 +155,12 @@ class Trainer:
 
     def _report(self, listener: Listener) -> None:
         loss, _, seen, _ = self.processes.sum(self.sums).tolist()
-        if not math.isfinite(loss):
-            raise RecipeError(
-                f"the loss became {loss} in step {self.step} of epoch {self.epoch + 1}: training diverged. "
-                f"Use an --lr below {self.config.lr:g}"
-            )
+        self._check_finite(loss, f"became {loss} in step {self.step} of epoch {self.epoch + 1}")
         listener.step(self, loss / max(seen, 1))
+
+    def _check_finite(self, loss: float, what: str) -> None:
+        if not math.isfinite(loss):
+            raise RecipeError(f"the loss {what}: training diverged. Use an --lr below {self.config.lr:g}")
 
     def train_step(self, pieces: Iterator[datasets.Batch]) -> None:
         """One optimiser step: this process's share of the batch, taken from `pieces`, and the others' by all-reduce."""
@@ -180,6 +182,9 @@ class Trainer:
         """Add the gradient of one piece, `positions` of a batch of `count` images, on the CPU, to the parameters'."""
         skipped = len(positions) - len(labels)
         empty = not len(labels)
+        if empty and self.processes.world == 1:
+            self._pass_over(skipped)
+            return
         if empty:  # the other processes need this one's part in their collectives all the same
             images, labels = images.new_zeros(1, *images.shape[1:]), labels.new_full((1,), NO_CLASS)
         self._set_place(positions.start, empty)
@@ -196,6 +201,14 @@ class Trainer:
             correct = (scores.argmax(1) == labels).sum()
             seen = torch.full_like(loss, 0 if empty else len(labels))
             self.sums += torch.stack([loss, correct, seen, torch.full_like(loss, skipped)])
+
+    def _pass_over(self, skipped: int) -> None:
+        """A piece of which no image can be read: gradients of zero, and BatchNorm's statistics see nothing."""
+        self.scaler.scale(torch.zeros((), device=self.device))  # as for any loss: it begins with the first
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.sums[3] += skipped
 
     def _set_place(self, first: int, empty: bool) -> None:
         self.place.seed = (self.config.seed, self.epoch, self.step)
@@ -244,6 +257,7 @@ class Trainer:
             Path(self.config.output) / CHECKPOINT,
             {
                 "config": dataclasses.asdict(self.config),
+                "data": self._data(),
                 "progress": {"epoch": self.epoch, "step": self.step, "sums": torch.stack(sums)},
                 "history": [dataclasses.asdict(row) for row in self.history],
                 "model": self.model.state_dict(),
@@ -253,6 +267,14 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
             },
         )
+
+    def _data(self) -> dict[str, Any]:
+        """What must be the same when a run goes on, or steps and classes would mean other images."""
+        return {
+            "training images": self.data.train_size,
+            "held-out images": self.data.test_size,
+            "classes": self.data.classes,
+        }
 
     def restore(self, path: Path) -> None:
         """Go back to the state that `save` wrote, with any number of processes.
@@ -267,6 +289,13 @@ class Trainer:
                 raise RecipeError(
                     f"{path} was written with {flag} {state['config'].get(name)}, this run has {flag} {mine[name]}. "
                     f"Leave {flag} out to go on as before, or start again with --overwrite"
+                )
+        for what, now in self._data().items():
+            before = state.get("data", {}).get(what, now)  # older checkpoints do not say
+            if before != now:
+                raise RecipeError(
+                    f"{path} was written with other data: {what}: {before}, now {now}. Put them back as they were, or start "
+                    "again with --overwrite"
                 )
         checkpoint.load_weights_into(self.model, state["model"], path)
         if self.average is not None:
