@@ -177,6 +177,7 @@ def test_explain_rejects_what_it_does_not_know():
     assert_one_message(run("explain", "vgg12"), "vgg12", "vgg11")
     assert_one_message(run("explain", "vgg16", "--dtype", "fp8"), "--dtype", "fp8", "bf16")
     assert_one_message(run("explain", "vgg16c", "--batch-norm"), "vgg16c has no variant with BatchNorm")
+    assert_one_message(run("explain", "vgg11", "--batch", 10**9), "1000000000 x 3 x 224 x 224", "too large for memory")
     assert_one_message(run("explain", "vgg16", "--device", "tpu"), "expected auto, cpu, cuda or cuda:N, got 'tpu'")
 
 

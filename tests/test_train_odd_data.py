@@ -1,12 +1,16 @@
 """Runs on data that are not quite what they should be: images too odd to use, folders that changed, losses that diverge."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 from test_train import StopAt, tiny_model
 from test_train_images import load_folder, write_images
 
-from vggfast.recipes import RecipeError, pictures
+from vggfast.recipes import RecipeError, pictures, printable
 from vggfast.recipes.config import TrainConfig
 from vggfast.recipes.train import fit
 
@@ -94,3 +98,31 @@ def test_divergence_in_the_last_step_is_an_error(tmp_path):
             model=tiny_model(3),
         )
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_names_that_are_no_utf_8_are_shown_in_ascii(tmp_path):
+    assert printable(os.fsdecode(b"caf\xe9.png")) == "caf\\udce9.png"
+    write_images(tmp_path / "data", {"train/cat": 2, "train/dog": 2, "val/cat": 1, "val/dog": 1})
+    (tmp_path / "data/train/cat" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"no image")
+    script = (
+        "import sys; from test_train import tiny_model; from vggfast import cli; from vggfast.recipes import train; "
+    )
+    script += "train.build_model = lambda name, data: tiny_model(3); cli.main()"
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "train",
+        "--data",
+        "data",
+        "--size",
+        "32",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "4",
+    ]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": os.pathsep.join([*sys.path])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "caf\\udce9.png cannot be read as an image" in done.stdout.replace("\n", "")

@@ -22,7 +22,7 @@ import vggfast
 import vggfast.models
 import vggfast.recipes.commands
 from vggfast import _C, cuda_plan, switches
-from vggfast.recipes import RecipeError
+from vggfast.recipes import RecipeError, printable
 from vggfast.recipes.config import MODELS, AmpName, ModelName, PresetName, TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -42,7 +42,7 @@ def errors_for_users() -> Iterator[None]:
     try:
         yield
     except RecipeError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(error)}", err=True)
         raise typer.Exit(2) from None
     except PermissionError as error:
         typer.echo(
@@ -152,7 +152,14 @@ def explain(
         getattr(vggfast.models, name)(in_channels=in_channels, init_weights=False).to(place, DTYPES[dtype]).train(train)
     )
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.zeros(batch, in_channels, size, size, device=place, dtype=DTYPES[dtype]).to(memory_format=layout)
+    try:
+        x = torch.zeros(batch, in_channels, size, size, device=place, dtype=DTYPES[dtype]).to(memory_format=layout)
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0]
+        typer.echo(
+            f"error: {batch} x {in_channels} x {size} x {size} in {dtype}: too large for memory ({reason})", err=True
+        )
+        raise typer.Exit(2) from None
     asked_by = "--roofline" if roofline and gpu is None else "--gpu"
     if roofline:
         gpu = gpu or "9.0,132"
@@ -380,4 +387,4 @@ def _train(
         ("weights", result.weights),
         ("checkpoint", result.checkpoint),
     ):
-        shown.print(f"{what + ':':<16}{path}", highlight=False, markup=False)
+        shown.print(f"{what + ':':<16}{printable(path)}", highlight=False, markup=False)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vggfast.recipes import printable
 from vggfast.recipes.checkpoint import atomic_write
 
 if TYPE_CHECKING:
@@ -47,6 +48,6 @@ def plot(history: Sequence["Epoch"], path: Path, title: str) -> None:
         )  # 2 by default, which it makes of fractions
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(title)
+    figure.suptitle(printable(title))
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
