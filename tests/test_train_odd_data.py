@@ -1,5 +1,6 @@
 """Runs on data that are not quite what they should be: images too odd to use, folders that changed, losses that diverge."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -126,3 +127,15 @@ def test_names_that_are_no_utf_8_are_shown_in_ascii(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "caf\\udce9.png cannot be read as an image" in done.stdout.replace("\n", "")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    config = TrainConfig.recipe("fake", limit=8, batch_size=8, epochs=1, output=str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    folder = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # as a run has it that is under way
+    with pytest.raises(RecipeError, match="another run is writing there"):
+        fit(config, model=tiny_model(3))
+    os.close(folder)
+    fit(config, model=tiny_model(3))
+    fit(config, overwrite=True, model=tiny_model(3))

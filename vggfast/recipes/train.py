@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import fcntl
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +66,10 @@ def fit(
     device = local_device(choose_device(config.device))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with processes(device) as group, _no_empty_folder(Path(config.output)) if group.first else nullcontext():
-        return _fit(config, device, group, resume, overwrite, model, listener or Listener())
+    with processes(device) as group, ExitStack() as held:
+        if group.first:
+            held.enter_context(_no_empty_folder(Path(config.output)))
+        return _fit(config, device, group, resume, overwrite, model, listener or Listener(), held)
 
 
 @contextmanager
@@ -89,11 +93,13 @@ def _fit(
     overwrite: bool,
     model: nn.Module | None,
     listener: Listener,
+    held: ExitStack,
 ) -> Result:
     output = Path(config.output)
     _check_place(config)
     if group.first:
         prepare_output(output, resume, overwrite)
+        held.enter_context(_alone_in(output))
     data = datasets.load(
         config.data,
         size=config.size,
@@ -181,6 +187,24 @@ def prepare_output(output: Path, resume: bool, overwrite: bool) -> Path:
     except (OSError, RecipeError) as error:
         raise RecipeError(f"cannot write to the output folder {output} ({error}). Choose another --output") from error
     return output
+
+
+@contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    """Keep other runs out of the folder; RecipeError where one is in it. Where a file system has no locks nothing is kept."""
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RecipeError(
+                f"{output}: another run is writing there. Wait for its end, or choose another --output"
+            ) from error
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(folder)  # and with it the lock
 
 
 def _check_place(config: TrainConfig) -> None:
