@@ -222,9 +222,8 @@ def _backward_conv3x3(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[
         grad_x, grad_weight, grad_bias = _composed_backward(x, weight, y, argmax, grad, h, w, by_aten)
     if needs_x and not no_input:
         grad_x = _ops.conv3x3_grad_input(grad, weight, y, argmax, h, w)
-        grad_x = (
-            dispatch.contiguous(grad_x) if ctx.contiguous else grad_x
-        )  # as torch's is: people write grad.view(n, -1)
+        if ctx.contiguous:  # as torch's is: people write grad.view(n, -1)
+            grad_x = dispatch.contiguous(grad_x)
     if (needs_weight or needs_bias) and not no_weight:
         grad_weight, grad_bias = _ops.conv3x3_grad_weight(x, grad, y, argmax)
         if ctx.weight_channels_last and needs_weight:  # as torch's; it is then what becomes `.grad`, without a copy
