@@ -11,8 +11,9 @@ from PIL import Image
 from test_train import StopAt, tiny_model
 from test_train_images import load_folder, write_images
 
-from vggfast.recipes import RecipeError, pictures, printable
+from vggfast.recipes import RecipeError, pictures
 from vggfast.recipes.config import TrainConfig
+from vggfast.recipes.curve import printable
 from vggfast.recipes.train import fit
 
 

@@ -1,5 +1,6 @@
 """The command line, `python -m vggfast` or `vggfast`: info, explain, bench, train, evaluate, predict. Thin: options in, the library's answer out."""
 
+import io
 import json
 import os
 import platform
@@ -22,7 +23,7 @@ import vggfast
 import vggfast.models
 import vggfast.recipes.commands
 from vggfast import _C, cuda_plan, switches
-from vggfast.recipes import RecipeError, printable
+from vggfast.recipes import RecipeError
 from vggfast.recipes.config import MODELS, AmpName, ModelName, PresetName, TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -33,6 +34,9 @@ console = Console(soft_wrap=True)
 
 def main() -> None:
     """Run the command line; the console script `vggfast` calls this."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path's bytes that are no UTF-8 are shown as \\udce9
     app(prog_name="vggfast")
 
 
@@ -42,7 +46,7 @@ def errors_for_users() -> Iterator[None]:
     try:
         yield
     except RecipeError as error:
-        typer.echo(f"error: {printable(error)}", err=True)
+        typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     except PermissionError as error:
         typer.echo(
@@ -152,14 +156,12 @@ def explain(
         getattr(vggfast.models, name)(in_channels=in_channels, init_weights=False).to(place, DTYPES[dtype]).train(train)
     )
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    try:
-        x = torch.zeros(batch, in_channels, size, size, device=place, dtype=DTYPES[dtype]).to(memory_format=layout)
-    except (RuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[0]
-        typer.echo(
-            f"error: {batch} x {in_channels} x {size} x {size} in {dtype}: too large for memory ({reason})", err=True
-        )
-        raise typer.Exit(2) from None
+    with errors_for_users():
+        try:
+            x = torch.zeros(batch, in_channels, size, size, device=place, dtype=DTYPES[dtype]).to(memory_format=layout)
+        except (RuntimeError, MemoryError) as error:
+            reason, shape = str(error).splitlines()[0], f"{batch} x {in_channels} x {size} x {size}"
+            raise RecipeError(f"{shape} in {dtype}: too large for memory ({reason})") from error
     asked_by = "--roofline" if roofline and gpu is None else "--gpu"
     if roofline:
         gpu = gpu or "9.0,132"
@@ -176,9 +178,8 @@ def explain(
     if roofline:
         _print_roofline(explanation, as_json)
         return
-    width = (
-        shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    )  # a file, or grep, gets one line a layer
+    # A file, or grep, gets one line a layer.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation.text(width))
 
 
@@ -387,4 +388,4 @@ def _train(
         ("weights", result.weights),
         ("checkpoint", result.checkpoint),
     ):
-        shown.print(f"{what + ':':<16}{printable(path)}", highlight=False, markup=False)
+        shown.print(f"{what + ':':<16}{path}", highlight=False, markup=False)

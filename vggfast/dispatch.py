@@ -223,9 +223,10 @@ def suggests_channels_last(t: Tensor) -> bool:
 
 
 def contiguous(t: Tensor) -> Tensor:
-    """`t` [N, C, H, W] with the strides of a new contiguous tensor; `contiguous()` keeps others where a size is 1."""
-    if 1 not in t.shape[1:]:
-        return t.contiguous()
+    """`t` [N, C, H, W] with the strides of a new contiguous tensor.
+
+    `Tensor.contiguous()` would not do: it keeps the strides of dimensions of size 1, which decide what later layers return.
+    """
     _, c, h, w = t.shape
     return t if t.stride() == (c * h * w, h * w, w, 1) else t.clone(memory_format=torch.contiguous_format)
 

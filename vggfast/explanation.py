@@ -247,9 +247,9 @@ def _label(module: nn.Module) -> str:
 
 
 def _reason_inside(module: nn.Module) -> str:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return "uses the batch's statistics" if module.training else "no convolution directly before it is fused"
-    if isinstance(module, nn.ReLU):
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        return "uses the batch's statistics"
+    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.ReLU)):
         return "no convolution directly before it is fused"
     return _no_kernel(module)
 

@@ -188,17 +188,13 @@ def _may_write(module: nn.Module) -> bool:
 
 
 def _restore(x: Any, layout: bool | None) -> Any:
-    """x with the strides that plain torch would have given it.
-
-    `contiguous()` would not do: it keeps the strides of dimensions of size 1, which decide what later layers return.
-    """
+    """x with the strides that plain torch would have given it, exactly: see `dispatch.contiguous`."""
     if layout is None:
         return x
+    if not layout:
+        return dispatch.contiguous(x)
     _, c, h, w = x.shape
-    strides = (h * w * c, 1, w * c, c) if layout else (c * h * w, h * w, w, 1)
-    if x.stride() == strides:
-        return x
-    return x.clone(memory_format=torch.channels_last if layout else torch.contiguous_format)
+    return x if x.stride() == (h * w * c, 1, w * c, c) else x.clone(memory_format=torch.channels_last)
 
 
 def _layout_after(run: Run, x: Tensor, layout: bool | None) -> bool:

@@ -47,12 +47,12 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool
     dispatch.check_conv3x3(x, weight, bias)
     if dispatch.why_not_conv3x3(x, weight, bias, pool):
         return _aten_conv3x3(x, weight, bias, relu, pool)
-    arguments = (x, weight, bias, relu, pool, pool and _wants_grad(x, weight, bias))
     if dispatch.inside_functorch():
+        # An outer level may want the gradient, of which a tensor of this level says nothing: the argmax is saved.
         cast = _cast_operands(x, weight, bias)
-        result: Tensor = _Conv3x3Function.apply(*cast, *arguments[3:])[0]  # type: ignore[no-untyped-call]
+        result: Tensor = _Conv3x3Function.apply(*cast, relu, pool, pool)[0]  # type: ignore[no-untyped-call]
         return result
-    y: Tensor = _ops.conv3x3(*arguments)[0]
+    y: Tensor = _ops.conv3x3(x, weight, bias, relu, pool, pool and _wants_grad(x, weight, bias))[0]
     return y
 
 
@@ -73,7 +73,7 @@ def max_pool2x2(x: Tensor) -> Tensor:
     if dispatch.why_not_max_pool2x2(x):
         return F.max_pool2d(x, 2)
     if dispatch.inside_functorch():
-        result: Tensor = _MaxPool2x2Function.apply(x, _wants_grad(x))[0]  # type: ignore[no-untyped-call]
+        result: Tensor = _MaxPool2x2Function.apply(x, True)[0]  # type: ignore[no-untyped-call]
         return result
     y: Tensor = _ops.max_pool2x2(x, _wants_grad(x))[0]
     return y
@@ -154,8 +154,6 @@ def linear_kernel(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gpu:
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
-    if dispatch.inside_functorch():
-        return True  # an outer level may want it, of which a tensor of this level says nothing
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

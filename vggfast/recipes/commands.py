@@ -13,7 +13,7 @@ from rich.text import Text
 
 from vggfast.allocator import keep_freed_memory
 from vggfast.loading import LoadedModel
-from vggfast.recipes import RecipeError, printable
+from vggfast.recipes import RecipeError
 from vggfast.recipes.config import AMP_DTYPES, MOST_THREADS
 from vggfast.recipes.evaluate import BUILT_IN, Evaluation, Labelled, find
 from vggfast.recipes.evaluate import evaluate as run_evaluation
@@ -96,7 +96,7 @@ def evaluate(
         )  # fmt: skip
     _warn(models, images.normalisation_known)
     for text in (*result.unreadable, *result.notes):
-        typer.echo(printable(text), err=True)
+        typer.echo(text, err=True)
     if as_json:
         settings = {"data": images.name, "weights": weights, "views": str(views), "views_of_an_image": views.count}
         typer.echo(json.dumps({**settings, **result.to_dict()}, indent=2))
@@ -144,9 +144,9 @@ def predict(
         typer.echo(json.dumps(shown, indent=2))
     for prediction in predictions:
         if prediction.error:
-            typer.echo(f"error: {printable(prediction.error)}", err=True)
+            typer.echo(f"error: {prediction.error}", err=True)
         elif not as_json:
-            typer.echo(printable(prediction.image))
+            typer.echo(prediction.image)
             for answer in prediction.answers:
                 typer.echo(f"  {answer.probability:7.2%}  {answer.name}")
     if any(prediction.error for prediction in predictions):

@@ -5,13 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vggfast.recipes import printable
 from vggfast.recipes.checkpoint import atomic_write
 
 if TYPE_CHECKING:
     from vggfast.recipes.trainer import Epoch
 
 HEADROOM = 1.05  # above the highest point
+
+
+def printable(name: str) -> str:
+    """Text that matplotlib draws: bytes of a path that are no UTF-8 stand in it as \\udce9."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def plot(history: Sequence["Epoch"], path: Path, title: str) -> None:

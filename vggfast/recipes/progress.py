@@ -5,7 +5,6 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from vggfast.recipes import printable
 from vggfast.recipes.trainer import Epoch, Listener, Trainer
 
 
@@ -34,7 +33,7 @@ class ProgressBar(Listener):
     def start(self, trainer: Trainer) -> None:
         config, data = trainer.config, trainer.data
         self._console.print(
-            f"{trainer.name}: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, on {printable(config.data)}: "
+            f"{trainer.name}: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, on {config.data}: "
             f"{data.train_size:,} images to train on, {data.test_size:,} held out, {len(data.classes)} classes; "
             f"on {trainer.device}, amp {config.amp}"
             + (f", {trainer.processes.world} processes" if trainer.processes.world > 1 else ""),
@@ -66,7 +65,7 @@ class ProgressBar(Listener):
         self._last = time.perf_counter()
 
     def note(self, text: str) -> None:
-        self._console.print(printable(text), highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False)
 
     def _show(self, trainer: Trainer, **fields: str) -> None:
         self._progress.update(
