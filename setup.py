@@ -1,8 +1,8 @@
 """Builds vggfast._C with ninja: C++ for every instruction set, CUDA for every tensor-core GPU, against torch's stable ABI.
 
-The metadata is in pyproject.toml. Environment: MAX_JOBS limits the compile jobs, CXX names the compiler, CUDA_HOME a CUDA toolkit to use
-in place of the compiler wheels, TORCH_CUDA_ARCH_LIST (as "8.0;9.0+PTX") the GPUs; VGGFAST_CUDA=0 leaves CUDA out, VGGFAST_CUDA=1 makes a
-missing CUDA compiler an error. Whether a GPU or a CUDA build of torch is present makes no difference.
+The metadata is in pyproject.toml. Environment: MAX_JOBS limits the compile jobs, CXX names the compiler (else g++ or clang++), CUDA_HOME a
+CUDA toolkit to use in place of the compiler wheels, TORCH_CUDA_ARCH_LIST (as "8.0;9.0+PTX") the GPUs; VGGFAST_CUDA=0 leaves CUDA out,
+VGGFAST_CUDA=1 makes a missing CUDA compiler an error. Whether a GPU or a CUDA build of torch is present makes no difference.
 """
 
 from __future__ import annotations
@@ -23,6 +23,16 @@ TORCH_TARGET = "0x020a000000000000"  # run on torch 2.10 and everything newer
 
 
 CUDA_ARCHS = "8.0+PTX;9.0"
+
+
+def find_cxx() -> str:
+    """The C++ compiler's command: CXX, or what is on PATH."""
+    cxx = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), None)
+    if cxx is None:
+        raise RuntimeError(
+            "no C++ compiler: neither g++ nor clang++ is on PATH. Install one (apt install g++), or name it in CXX"
+        )
+    return cxx
 
 
 def toolkit(nvcc: Path) -> Path:
@@ -89,7 +99,8 @@ def compile_flags(nvcc: Path | None) -> list[str]:
     cuda = ["-DVGGFAST_CUDA", "-DUSE_CUDA", f"-isystem {toolkit(nvcc) / 'include'}"] if nvcc else []
     return [
         *["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-unknown-pragmas"],
-        *["-Wno-maybe-uninitialized", "-Wno-uninitialized"],  # gcc 12 gives them for its own AVX-512 header
+        # GCC 12 gives these for its own AVX-512 header; Clang does not know the first, unless told not to mind
+        *["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized"],
         *os.environ.get("CXXFLAGS", "").split(),
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         f'-DVGGFAST_VERSION=\\"{VERSION}\\"',
@@ -133,7 +144,7 @@ def link_flags(nvcc: Path | None) -> list[str]:
 def ninja_file(output: Path, work: Path) -> str:
     """One rule a language, one edge a source file."""
     nvcc = find_nvcc()
-    cxx = os.environ.get("CXX", "g++")
+    cxx = find_cxx()
     lines = [
         f"cxx = {cxx}",
         f"nvcc = {nvcc} -ccbin {cxx}",

@@ -10,9 +10,9 @@
 
 #  include "cpu/amx.h"
 #  include "cpu/dtypes.h"
+#  include "cpu/target.h"
 
-#  pragma GCC push_options
-#  pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
+VGGFAST_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
 namespace vggfast::cpu::amx {
 static constexpr int kVecs = 2;
 #  include "cpu/tiles_amx.h"
@@ -28,7 +28,7 @@ static constexpr int kVecs = 2;
 
 #  include "cpu/amx_algorithm.inl"
 } // namespace vggfast::cpu::amx_emulated
-#  pragma GCC pop_options
+VGGFAST_TARGET_END
 
 namespace vggfast::cpu {
 namespace {

@@ -7,9 +7,9 @@
 
 #  include "cpu/dtypes.h"
 #  include "cpu/kernels.h"
+#  include "cpu/target.h"
 
-#  pragma GCC push_options
-#  pragma GCC target("avx2,fma,f16c")
+VGGFAST_TARGET("avx2,fma,f16c")
 namespace vggfast::cpu::avx2 {
 static constexpr int kRows = 6, kVecs = 2;
 static constexpr int kSteps = 4; // of depth at once in Winograd: 12 products leave little room for a loop's own instructions
@@ -18,7 +18,7 @@ static constexpr int kSteps = 4; // of depth at once in Winograd: 12 products le
 
 #  include "cpu/algorithm.inl"
 } // namespace vggfast::cpu::avx2
-#  pragma GCC pop_options
+VGGFAST_TARGET_END
 
 namespace vggfast::cpu {
 const Kernels kernels_avx2 = avx2::table;

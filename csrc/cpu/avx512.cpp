@@ -7,9 +7,9 @@
 
 #  include "cpu/dtypes.h"
 #  include "cpu/kernels.h"
+#  include "cpu/target.h"
 
-#  pragma GCC push_options
-#  pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+VGGFAST_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace vggfast::cpu::avx512 {
 static constexpr int kRows = 14, kVecs = 2, kSteps = 1;
 #  define VGGFAST_ISA_NAME "avx512"
@@ -17,7 +17,7 @@ static constexpr int kRows = 14, kVecs = 2, kSteps = 1;
 
 #  include "cpu/algorithm.inl"
 } // namespace vggfast::cpu::avx512
-#  pragma GCC pop_options
+VGGFAST_TARGET_END
 
 namespace vggfast::cpu {
 const Kernels kernels_avx512 = avx512::table;
