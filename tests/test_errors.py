@@ -119,6 +119,17 @@ RAW_CALLS: dict[str, tuple[Callable[[], object], str]] = {
     "no save_argmax": (lambda: RAW.conv3x3(X, W.clone().requires_grad_(), B, True, True, False)[0].sum().backward(), "expected save_argmax=True"),
     "pool, no save_argmax": (lambda: RAW.max_pool2x2(X.clone().requires_grad_(), False)[0].sum().backward(), "expected save_argmax=True"),
 }  # fmt: skip
+LINEAR = normal(3, 4), normal(5, 4), normal(5), normal(3, 5)  # x, weight, bias, and a gradient of the output
+RAW_CALLS |= {
+    "weight's dtype": (lambda: RAW.conv3x3_grad_input(GRAD, W.half(), None, None, 8, 6), "weight: expected the dtype of grad, Float, got Half"),
+    "linear's bias": (lambda: RAW.linear(*LINEAR[:2], B.half(), False), "bias: expected the dtype of weight, Float, got Half"),
+    "linear's y": (lambda: RAW.linear_grad_input(LINEAR[3], LINEAR[1], LINEAR[3].half()), "y: expected the dtype of grad, Float, got Half"),
+    "rows of linear's y": (lambda: RAW.linear_grad_input(LINEAR[3], LINEAR[1], LINEAR[3][:2]), r"y: expected the size of grad, \[3, 5\], got \[2, 5\]"),
+    "linear's grad": (lambda: RAW.linear_grad_weight(LINEAR[0], LINEAR[3].half(), None, False), "grad: expected the dtype of x, Float, got Half"),
+    "rows of linear's grad": (lambda: RAW.linear_grad_weight(LINEAR[0], LINEAR[3][:2], None, False), r"grad: expected 3 rows, as x has, got \[2, 5\]"),
+    "a gradient of 2^42 weights": (lambda: RAW.linear_grad_weight(*[normal(1, 1).expand(1, 2**21)] * 2, None, False), r"weight: expected at most \d+ elements, got \[1, 2097152\] outputs"),
+    "an image of 2^41 elements": (lambda: RAW.max_pool2x2(normal(1, 1, 1, 1).expand(1, 2, 2**20, 2**20), False), r"x: expected at most \d+ elements, got \[1, 2, 1048576, 1048576\]"),
+}  # fmt: skip
 BAD_ARGMAX = {
     "dtype": ARGMAX.int(),
     "bool": ARGMAX.bool(),
@@ -153,6 +164,39 @@ def test_an_argmax_that_does_not_fit_is_refused(name: str) -> None:
     ):
         with pytest.raises(RuntimeError, match=expected + r"\w+ " + re.escape(str(list(argmax.shape)))):
             call()
+
+
+IMAGES = {"x": X, "weight": W, "bias": B, "grad": GRAD, "y": GRAD}
+ROWS = dict(zip(("x", "weight", "bias", "grad"), LINEAR, strict=True)) | {"y": LINEAR[3]}
+POOLS = {"x": X, "weight": W, "grad": POOLED, "y": POOLED, "argmax": ARGMAX}
+READS: dict[str, tuple[dict[str, Tensor], tuple[str, ...], Callable[..., object]]] = {
+    "conv3x3": (IMAGES, ("x", "weight", "bias"), lambda x, w, b: RAW.conv3x3(x, w, b, *FORWARD)),
+    "grad_input": (POOLS, ("grad", "weight", "y", "argmax"), lambda *t: RAW.conv3x3_grad_input(*t, 8, 6)),
+    "grad_weight": (POOLS, ("x", "grad", "y", "argmax"), RAW.conv3x3_grad_weight),
+    "linear": (ROWS, ("x", "weight", "bias"), lambda *t: RAW.linear(*t, False)),
+    "linear_grad_input": (ROWS, ("grad", "weight", "y"), RAW.linear_grad_input),
+    "linear_grad_weight": (ROWS, ("x", "grad", "y"), lambda *t: RAW.linear_grad_weight(*t, False)),
+    "max_pool": (POOLS, ("x",), lambda x: RAW.max_pool2x2(x, True)),
+    "max_pool_grad": (POOLS, ("grad", "argmax"), lambda *t: RAW.max_pool2x2_grad(*t, 8, 6)),
+}
+
+
+def without_its_last_element(t: Tensor) -> Tensor:
+    """`t` from the second element of a storage on, which was then made one element shorter than that needs."""
+    storage = torch.cat([t.flatten()[:1], t.flatten()])
+    view = storage[1:].view(t.shape)
+    storage.untyped_storage().resize_(t.nbytes)
+    return view
+
+
+@pytest.mark.parametrize("name", READS)
+def test_memory_that_is_no_longer_there_is_not_read(name: str) -> None:
+    tensors, operands, call = READS[name]
+    call(*(tensors[operand] for operand in operands))
+    for short in operands:
+        given = (without_its_last_element(tensors[o]) if o == short else tensors[o] for o in operands)
+        with pytest.raises(RuntimeError, match=f"{short}: expected a storage of at least .* bytes"):
+            call(*given)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
