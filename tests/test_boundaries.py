@@ -4,10 +4,12 @@ past the caches, tiles enough for every part of a filter gradient's sum, images 
 from __future__ import annotations
 
 import math
+import mmap
 
 import pytest
 import torch
-from reference import assert_same_bits, check_against_float64, integers, normal, problem
+from reference import CONFIGS, Config, assert_same_bits, check_against_float64, integers, normal, problem
+from torch import Tensor
 
 from vggfast import _C, ops
 
@@ -282,3 +284,42 @@ def test_direct_sums_past_the_caches_have_torchs_bits(isa: str) -> None:
     _C.set_conv_algo("direct")
     x, weight = integers(1, 5, 210, 211), integers(24, 5, 3, 3)
     assert_same_bits(ops.conv3x3(x, weight, relu=False) + 0, torch.nn.functional.conv2d(x, weight, padding=1) + 0, "y")
+
+
+def far_apart(t: Tensor) -> Tensor:
+    """`t` with more than 2^31 elements from its first entry to its second, most of them in pages that nobody touches."""
+    size, apart, no_reserve = t[0].numel(), 2**31 + 64, 0x4000  # MAP_NORESERVE, which Python names from 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = torch.frombuffer(mmap.mmap(-1, (apart + size) * t.element_size(), flags=flags), dtype=t.dtype)
+    return memory.as_strided(t.shape, (apart, *t.stride()[1:])).copy_(t)
+
+
+def results_of_raw_ops(x: Tensor, weight: Tensor, grad: Tensor, y: Tensor) -> list[Tensor]:
+    raw, (h, w) = torch.ops.vggfast, x.shape[2:]
+    return [
+        raw.conv3x3(x, weight, None, False, True, False)[0],
+        raw.conv3x3_grad_input(grad, weight, y, None, h, w),
+        *raw.conv3x3_grad_weight(x, grad, y, None),
+        raw.max_pool2x2(x, False)[0],
+    ]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("c_in", [3, 128])
+def test_offsets_past_31_bits(config: Config, c_in: int) -> None:
+    """Of images, of the output that masks a gradient, and of filters."""
+    config.use()
+    x, weight, _ = problem(2, c_in, 2, 9, 10, config.dtype)
+    near = [t.to(memory_format=torch.channels_last) for t in (x, weight, normal(2, 2, 9, 10, dtype=config.dtype))]
+    near.append(ops.conv3x3(x, weight))
+    far = [far_apart(t) for t in near]
+    for got, expected in zip(results_of_raw_ops(*far), results_of_raw_ops(*near), strict=True):
+        assert_same_bits(got, expected)
+
+
+def test_weights_of_a_linear_layer_past_31_bits(isa: str) -> None:
+    x, weight, grad = normal(3, 40), normal(2, 40, seed=1), normal(3, 2, seed=2)
+    far = far_apart(weight)
+    assert_same_bits(torch.ops.vggfast.linear(x, far, None, False), torch.ops.vggfast.linear(x, weight, None, False))
+    found, expected = (torch.ops.vggfast.linear_grad_input(grad, t, None) for t in (far, weight))
+    assert_same_bits(found, expected)
