@@ -156,6 +156,15 @@ def test_nan_infinity_and_negative_zero(isa: str) -> None:
     )  # NaN lets it through
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_nan_stays_one_in_fewer_bits(isa: str, dtype: torch.dtype) -> None:
+    """Of a float32 weight with all bits set: rounded as a number it would be -0."""
+    weight = torch.ones(3, 20)
+    weight[1, 5] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    y = torch.ops.vggfast.linear(torch.ones(2, 20, dtype=dtype), weight, None, False)
+    assert y.isnan().tolist() == [[False, True, False]] * 2
+
+
 def test_bits_do_not_depend_on_threads_or_on_the_run(isa: str) -> None:
     x, weight, grad = normal(8, 3000), normal(200, 3000, seed=1), normal(8, 200, seed=2)
     runs = []

@@ -105,6 +105,23 @@ def test_every_layout_of_every_operand(config: Config, layout: str) -> None:
         check_against_float64(*leaves, grad, relu=True, pool=True, algo=config.algo)
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_pixels_as_far_apart_as_there_are_channels(config: Config, channels: int) -> None:
+    """Their distance is that of channels_last memory, the channels' is not."""
+    config.use()
+    x = normal(2, channels, 8, 6 * channels, dtype=config.dtype)[..., ::channels]
+    _, weight, bias = problem(2, channels, 20, 8, 6, config.dtype)
+    assert x.stride(3) == channels
+    grad = normal(2, 20, 8, 6, dtype=config.dtype)
+    found, expected = (
+        (ops.conv3x3(t, weight, bias), *torch.ops.vggfast.conv3x3_grad_weight(t, grad, None, None))
+        for t in (x, x.contiguous())
+    )
+    for got, one in zip(found, expected, strict=True):
+        assert_same_bits(got, one)
+
+
 # ---- repeatability --------------------------------------------------------------------------------------------------
 
 
