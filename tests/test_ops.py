@@ -292,11 +292,15 @@ def test_an_empty_batch_has_empty_results_and_zero_gradients() -> None:
         assert not grad.any()
 
 
+# Of the second, groups of tiles begin within the row of tiles that ends at the odd row, which no window holds.
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_gradients_routed_inside_the_kernels_are_those_of_routed_gradients(config: Config) -> None:
+@pytest.mark.parametrize(("n", "h", "w"), [(2, 9, 10), (1, 13, 60)])
+def test_gradients_routed_inside_the_kernels_are_those_of_routed_gradients(
+    config: Config, n: int, h: int, w: int
+) -> None:
     """A gradient kernel that applies the mask or the argmax itself gives the bits it gives for the gradient they lead to."""
     config.use()
-    x, weight, bias = problem(2, 20, 37, 9, 10, config.dtype)
+    x, weight, bias = problem(n, 20, 37, h, w, config.dtype)
     for pool in (False, True):
         y, argmax = torch.ops.vggfast.conv3x3(x, weight, bias, True, pool, pool)
         grad = normal(*y.shape, dtype=config.dtype)
@@ -310,7 +314,7 @@ def test_gradients_routed_inside_the_kernels_are_those_of_routed_gradients(confi
         saved = (y, argmax if pool else None)
         raw = torch.ops.vggfast
         assert_same_bits(
-            raw.conv3x3_grad_input(grad, weight, *saved, 9, 10), raw.conv3x3_grad_input(full, weight, None, None, 9, 10)
+            raw.conv3x3_grad_input(grad, weight, *saved, h, w), raw.conv3x3_grad_input(full, weight, None, None, h, w)
         )
         for ours, expected in zip(
             raw.conv3x3_grad_weight(x, grad, *saved), raw.conv3x3_grad_weight(x, full, None, None), strict=True
