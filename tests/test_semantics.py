@@ -115,6 +115,19 @@ def test_every_schedule_of_winograd_repeats_what_it_spoiled(
     assert_same_bits(ops.conv3x3(x, weight, bias, relu=False), clean, "after it")
 
 
+@pytest.mark.parametrize("config", CONFIGS_FP32, ids=str)
+@pytest.mark.parametrize("channel", [0, 5, 8, 13, 16, 24, 31, 32, 63])
+def test_one_channel_that_is_not_finite(config: Config, channel: int) -> None:
+    """In any vector of a block, all of which are whole: the others of the block do not tell."""
+    config.use()
+    for operand in range(4):  # x, filters of the output channel, its bias, its gradient
+        operands = [*problem(1, 64, 64, 9, 10), normal(1, 64, 9, 10, seed=5)]
+        operands[operand][(channel,) if operand in (1, 2) else (0, channel)].view(-1)[-1] = INF
+        given = operands[:3], operands[3], False, False
+        for name, got, exact in zip(NAMES, results(ops.conv3x3, *given), float64_results(*given), strict=True):
+            assert_same_specials(got, exact, f"{name}, operand {operand}")
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_many_special_values_at_once(config: Config) -> None:
     config.use()
@@ -253,6 +266,20 @@ def test_no_overflow_where_the_convolution_has_none(config: Config) -> None:
     )
     assert bool(got.isfinite().all())
     assert float((got.double() - expected).norm() / expected.norm()) <= 5e-6
+
+
+@pytest.mark.parametrize("config", CONFIGS_FP32, ids=str)
+def test_no_overflow_in_some_pixels_of_a_tile(config: Config) -> None:
+    """Winograd's factors differ from pixel to pixel: at some scale only the last ones of a tile overflow on their way."""
+    config.use()
+    for seed in range(8):
+        x, weight, _ = problem(1, 18, 8, 4, 4, seed=seed)
+        exact = composition(x.double(), weight.double(), relu=False)
+        largest = torch.finfo(torch.float32).max / float(exact.abs().max())
+        for share in (0.5 * 0.95**step for step in range(40)):
+            y = ops.conv3x3(x, (weight.double() * largest * share).float(), relu=False)
+            error = y.double() / largest / share - exact
+            assert float(error.norm() / exact.norm()) <= 5e-6, share  # NaN, were one of them infinite
 
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.isa != AMX], ids=str)
