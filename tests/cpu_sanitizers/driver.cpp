@@ -135,6 +135,8 @@ std::vector<Plan> plans(DType dtype, const Problem& p, int64_t in, int64_t out, 
     Plan plan = with_splits(direct_plan(2, "driver"), std::min<int64_t>(ceil_div(out, kAmxBlock), 2));
     plan.algorithm = Algorithm::amx;
     all.push_back(plan);
+    plan.band = round_up(p.h, 2), plan.images = 2; // of several images whole ones share a job
+    if (p.n > 1) all.push_back(plan);
   }
   if (p.channels_first) return all;
   const int64_t tiles = tile_grid(p.n, p.h, p.w).count();

@@ -1,6 +1,7 @@
 """The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; and that these would notice.
 
-``driver.cpp`` runs every entry of ``csrc/cpu/schedule.h`` for every schedule, dtype and kind of image on buffers of exact size.
+``driver.cpp`` runs every entry of ``csrc/cpu/schedule.h`` for every schedule, dtype and kind of image on buffers of exact size; with
+``exact/cpu/scratch.h`` so is what a job works in.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ COMMON = ("-std=c++17", "-g1")
 OPTIMISED = {"amx": "-O1"}  # the emulated tiles; elsewhere -O0 saves more time in compiling than it costs in running
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREAD = ("-fsanitize=thread",)
-AMX_CALLS = 3015  # of bfloat16, and of float32 what is done in pieces
+AMX_CALLS = 3111  # of bfloat16, and of float32 what is done in pieces
 ONLY_BASELINE = '#include "cpu/kernels.h"\nnamespace vggfast::cpu {\nconst Kernels kernels_avx2{"-"}, kernels_avx512{"-"}, kernels_amx{"-"}, kernels_amx_emulated{"-"};\n}\n'
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the sanitizers' builds need g++: apt install g++")
@@ -40,7 +41,7 @@ def build(folder: Path, names: tuple[str, ...], flags: tuple[str, ...], csrc: Pa
     def compile_one(name: str) -> tuple[str, Path]:
         root = {"driver": HERE, "only_baseline": folder}.get(name, csrc / "cpu")
         target = folder / f"{name}.o"
-        every = (*COMMON, OPTIMISED.get(name, "-O0"), *flags, f"-I{csrc}")
+        every = (*COMMON, OPTIMISED.get(name, "-O0"), *flags, f"-I{HERE / 'exact'}", f"-I{csrc}")
         command(["g++", *every, "-c", str(root / f"{name}.cpp"), "-o", str(target)])
         return name, target
 
@@ -126,6 +127,14 @@ MUTATIONS = {
         "schedule.cpp",
         "return ceil_div(w.out, k.block) * 9 * x.c * k.block;",
         "return ceil_div(w.out, k.block) * 9 * x.c * k.block - 1;",
+        "baseline",
+        "schedule",
+        "heap-buffer-overflow",
+    ),
+    "a job's memory one row short": Mutation(
+        "schedule.cpp",
+        "scratch((plan.band + 2) * (x.w + 2) * x.c + 3 * x.w * k.block + k.width));",
+        "scratch((plan.band + 2) * (x.w + 2) * x.c + 2 * x.w * k.block + k.width));",
         "baseline",
         "schedule",
         "heap-buffer-overflow",
