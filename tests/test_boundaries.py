@@ -254,6 +254,30 @@ def test_few_channels_by_either_algorithm(isa: str, c_in: int, c_out: int, forwa
         check_against_float64(x, weight, bias, normal(2, c_out + more, 9, 11), relu=True, pool=False, algo="winograd")
 
 
+@pytest.mark.parametrize("c_in", [257, 600])
+def test_few_outputs_of_many_channels(isa: str, c_in: int) -> None:
+    """All taps of four outputs fill a block; their sums are of several chains from 257 channels on."""
+    _C.set_conv_algo("direct")
+    for c_out in (1, 3, 4):
+        x, weight, bias = problem(1, c_in, c_out, 5, 6, grad=True)
+        check_against_float64(x, weight, bias, normal(1, c_out, 5, 6), relu=True, pool=False, algo="direct")
+
+
+def test_bits_do_not_depend_on_what_memory_held(isa: str) -> None:
+    """In the memory that a thread keeps, also in the places of channels that a block lacks: NaN there would repeat the layer directly."""
+    _C.set_conv_algo("winograd")
+    torch.set_num_threads(1)
+    for h, w in ((9, 10), (40, 50)):
+        gradients = []
+        for c_out in (32, 20, 32, 20):
+            x, weight, bias = problem(1, 18, c_out, h, w, grad=True)
+            y = ops.conv3x3(x, weight, bias, relu=False)
+            grad = torch.full_like(y, math.nan) if len(gradients) == 2 else torch.full_like(y, 0.7)
+            gradients.append(torch.autograd.grad(y, (x, weight, bias), grad))
+        for first, again in zip(gradients[1], gradients[3], strict=True):
+            assert_same_bits(first, again)
+
+
 def test_sums_are_fused_for_any_number_of_threads_that_find_work(isa: str) -> None:
     """Numbers that divide no number of ranges leave some waiting; only more threads than there are ranges share V and Z."""
     for threads in range(1, 33):

@@ -122,6 +122,25 @@ def test_pixels_as_far_apart_as_there_are_channels(config: Config, channels: int
         assert_same_bits(got, one)
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(
+    "layout", ["sliced rows of channels_last", "every other pixel", "sliced channels of channels_last"]
+)
+def test_a_gradient_and_its_mask_in_different_layouts(config: Config, layout: str) -> None:
+    """Inside the image and with whole vectors of channels, too."""
+    config.use()
+    x, weight, _ = problem(1, 20, 32, 13, 14, config.dtype)
+    grad, y = (normal(1, 32, 13, 14, dtype=config.dtype, seed=seed) for seed in (3, 4))
+    raw, results = torch.ops.vggfast, []
+    for g, mask in ((grad, y), (LAYOUTS[layout](grad), y), (grad, LAYOUTS[layout](y))):
+        results.append(
+            [raw.conv3x3_grad_input(g, weight, mask, None, 13, 14), *raw.conv3x3_grad_weight(x, g, mask, None)]
+        )
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            assert_same_bits(got, expected)
+
+
 # ---- repeatability --------------------------------------------------------------------------------------------------
 
 
@@ -292,9 +311,9 @@ def test_an_empty_batch_has_empty_results_and_zero_gradients() -> None:
         assert not grad.any()
 
 
-# Of the second, groups of tiles begin within the row of tiles that ends at the odd row, which no window holds.
+# Of the second, whole tiles end at the odd row and column, which no window holds, and groups of tiles begin beside that row.
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize(("n", "h", "w"), [(2, 9, 10), (1, 13, 60)])
+@pytest.mark.parametrize(("n", "h", "w"), [(2, 9, 10), (1, 13, 61)])
 def test_gradients_routed_inside_the_kernels_are_those_of_routed_gradients(
     config: Config, n: int, h: int, w: int
 ) -> None:
