@@ -26,6 +26,7 @@ SHAPES = {
     "an edge of F(2) in the last row": (4, 96, 160, 25, 28),
     "several passes": (23, 96, 96, 24, 24),
     "ranges of output channels": (2, 416, 416, 32, 32),
+    "chunks of the last column alone": (1, 96, 96, 560, 6),
 }
 
 
