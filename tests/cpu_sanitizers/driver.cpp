@@ -200,6 +200,11 @@ public:
     convolve("grad_input", dz, mirrored, output(gx.as(), p_.in), p_.n * p_.h * p_.w * p_.in);
     grad_filters(dz);
     if (pool && !relu) pool_alone(dz);
+    if (pool || relu) return;
+    const int64_t row = 3 * p_.in; // of channels_last filters, whose taps lie apart and whose input channels side by side
+    convolve("forward, other filters", x, {dtype_, p_.out, p_.in, w_.as<void>(), 3 * row, 1, row, p_.in}, out, pixels * p_.out);
+    const Filters other{dtype_, p_.in, p_.out, w_.as<char>() + 8 * p_.in * size_, 1, 3 * row, -row, -p_.in};
+    convolve("grad_input, other filters", dz, other, output(gx.as(), p_.in), p_.n * p_.h * p_.w * p_.in);
   }
 
   static int64_t calls;
