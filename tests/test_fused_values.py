@@ -139,3 +139,19 @@ def test_a_child_that_is_none_is_torchs_error() -> None:
         network[1] = None
         with pytest.raises(TypeError, match="'NoneType' object is not callable"):
             network(normal(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("between", [nn.Identity, nn.Dropout])
+def test_an_in_place_layer_behind_one_that_hands_its_input_on(between: type[nn.Module], nested: bool) -> None:
+    """What it gets is still the pooled output, and so the mask of the ReLU before it."""
+    gradients = []
+    for fuse in (convert, lambda network: network):
+        torch.manual_seed(0)
+        last = [between(), nn.Hardtanh(-0.2, 0.2, inplace=True)]
+        block = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        network = fuse(nn.Sequential(*block, *([nn.Sequential(*last)] if nested else last))).eval()
+        x = normal(2, 3, 8, 8).to(memory_format=torch.channels_last)
+        network(x).square().sum().backward()
+        gradients.append(block[0].weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)

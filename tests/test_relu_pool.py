@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -73,9 +74,10 @@ def test_ties_nan_and_infinities() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_what_torch_overwrites_is_overwritten(grad: bool) -> None:
-    """The caller's tensor, by an in-place ReLU that comes first; nobody's behind a module whose output a hook has."""
+    """The caller's tensor, by an in-place ReLU that comes first or gets it handed on; nobody's behind a module whose output a hook has."""
     x = normal(2, 4, 6, 6)
-    for network in (FusedSequential(nn.ReLU(True), nn.MaxPool2d(2)), nn.Sequential(nn.ReLU(True), nn.MaxPool2d(2))):
+    for container, before in itertools.product((FusedSequential, nn.Sequential), ([], [nn.Identity()])):
+        network = container(*before, nn.ReLU(True), nn.MaxPool2d(2))
         mine = x.clone().requires_grad_(grad) * 1.0
         network(mine)
         assert torch.equal(mine, x.relu())
