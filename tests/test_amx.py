@@ -129,7 +129,8 @@ def filter_gradients(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 16, 33, 200, 90), (7, 40, 16, 14, 14), (1, 260, 40, 30, 129), (40, 16, 16, 1, 1)]
+    "shape",
+    [(1, 16, 33, 200, 90), (7, 40, 16, 14, 14), (1, 260, 40, 30, 129), (40, 16, 16, 1, 1), (1, 16, 16, 700, 90)],
 )
 def test_filter_gradients_of_many_chunks(shape: tuple[int, ...]) -> None:
     """Several parts and chunks of rows, and rows that end within a tile: integers show each product that is missing or twice."""
@@ -143,13 +144,25 @@ def test_filter_gradients_of_many_chunks(shape: tuple[int, ...]) -> None:
 
 
 def test_bits_of_filter_gradients_do_not_depend_on_threads() -> None:
-    x, grad = normal(2, 48, 61, 75, dtype=BF16), normal(2, 70, 61, 75, dtype=BF16, seed=1)
+    x, grad = normal(2, 48, 61, 75, dtype=BF16), normal(2, 130, 61, 75, dtype=BF16, seed=1)
     torch.set_num_threads(1)
     expected = filter_gradients(x, grad)
-    for threads in (2, 3, 16):
+    for threads in (2, 3, 8, 16):  # eight take three ranges of five blocks
         torch.set_num_threads(threads)
         for got, one in zip(filter_gradients(x, grad), expected, strict=True):
             assert_same_bits(got, one, f"{threads} threads")
+
+
+def test_bits_do_not_depend_on_what_memory_held() -> None:
+    """In the memory that a thread keeps, also in the places of channels that a block lacks."""
+    torch.set_num_threads(1)
+    found = []
+    for c_in, c_out, value in ((40, 20, 1.0), (64, 32, math.nan), (40, 20, 1.0)):
+        x, weight, bias = problem(1, c_in, c_out, 9, 20, BF16)
+        grad = normal(1, c_out, 9, 20, dtype=BF16, seed=5) * value
+        found.append([ops.conv3x3(x * value, weight, bias), *filter_gradients(x * value, grad)])
+    for got, expected in zip(found[2], found[0], strict=True):
+        assert_same_bits(got, expected)
 
 
 def test_an_infinity_spoils_only_the_gradients_that_read_it() -> None:

@@ -11,7 +11,7 @@ from reference import LAYOUTS, WINOGRAD_BOUND, normal
 from test_fused import CHANNELS_LAST, _one_thread, batch_norm, block, conv, pair  # noqa: F401 (the fixture is every test's)
 from torch import Tensor, nn
 
-from vggfast import convert
+from vggfast import FusedSequential, convert
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -139,6 +139,29 @@ def test_a_child_that_is_none_is_torchs_error() -> None:
         network[1] = None
         with pytest.raises(TypeError, match="'NoneType' object is not callable"):
             network(normal(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_strides_behind_one_pixel_of_one_channel(images: int, inplace: bool, layout: torch.memory_format) -> None:
+    """Which fit both memory formats: what came before decides."""
+    first, second = (nn.Conv2d(*channels, 3, padding=1) for channels in ((3, 1), (1, 8)))
+    for size, pool in ((1, []), (2, [nn.MaxPool2d(2)])):
+        x = normal(images, 3, size, size).to(memory_format=layout)
+        strides = [
+            container(first, nn.ReLU(inplace), *pool, second)(x).stride()
+            for container in (FusedSequential, nn.Sequential)
+        ]
+        assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_batch_norm_of_another_dtype_is_torchs_error(dtype: torch.dtype) -> None:
+    norm = nn.BatchNorm2d(8).to(dtype).eval()
+    for container in (FusedSequential, nn.Sequential):
+        with pytest.raises(RuntimeError, match="mixed dtype"):
+            container(nn.Conv2d(3, 8, 3, padding=1), norm)(normal(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -129,6 +129,7 @@ def test_any_strides(isa: str, kind: str) -> None:
     )
     bias = integers(46)[::2]
     assert torch.equal(RAW.linear(x, weight, bias, False), F.linear(x, weight, bias))
+    assert torch.equal(RAW.linear(x, weight[:1], None, False), F.linear(x, weight[:1]))
     masked = torch.where(y <= 0, 0.0, grad)
     assert torch.equal(RAW.linear_grad_input(grad, weight, y), masked @ weight)
     grad_weight, grad_bias = RAW.linear_grad_weight(x, grad, y, False)
