@@ -263,6 +263,17 @@ def test_few_outputs_of_many_channels(isa: str, c_in: int) -> None:
         check_against_float64(x, weight, bias, normal(1, c_out, 5, 6), relu=True, pool=False, algo="direct")
 
 
+@pytest.mark.parametrize("c_in", [500, 512])
+def test_filter_gradients_larger_than_the_caches(isa: str, c_in: int) -> None:
+    """Rows of a gradient are stored past the caches where they are whole lines."""
+    _C.set_conv_algo("winograd")
+    x, grad = normal(1, c_in, 5, 6), normal(1, 256, 5, 6, seed=1)
+    dw, _ = torch.ops.vggfast.conv3x3_grad_weight(x, grad, None, None)
+    assert dw.numel() * 4 > 4 << 20
+    exact = torch.nn.grad.conv2d_weight(x.double(), dw.shape, grad.double(), padding=1)
+    assert float((dw.double() - exact).norm() / exact.norm()) < 5e-6
+
+
 def test_bits_do_not_depend_on_what_memory_held(isa: str) -> None:
     """In the memory that a thread keeps, also in the places of channels that a block lacks: NaN there would repeat the layer directly."""
     _C.set_conv_algo("winograd")
