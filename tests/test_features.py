@@ -240,6 +240,9 @@ def test_modes_and_slices_are_the_models() -> None:
     assert tapped.training
     assert not tapped.eval().features[1].training
     assert not model.features[1].training
+    assert not vggfast.features(model.eval(), "bn1_1").training
+    frozen = taps.frozen(tapped)
+    assert [b.data_ptr() for b in frozen.buffers()] == [b.data_ptr() for b in tapped.buffers()]
     x = normal(1, 3, 16, 16)
     part = vggfast.features(small()[:4], "relu1_2")(x)["relu1_2"]
     assert torch.equal(part, small()[:4](x))
