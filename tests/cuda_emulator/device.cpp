@@ -26,6 +26,12 @@ size_t emu_uninitialised(const void* from, size_t bytes) {
 void emu_statistics(emulator::Statistics* to) {
   *to = emulator::statistics();
 }
+void emu_set_device(int device) {
+  emulator::current_device() = device;
+}
+void emu_set_gpu(int sm_count, int capability) {
+  emulator::gpu() = {sm_count, capability};
+}
 /// Launches run only their last `blocks` blocks: the far end of a problem too large to emulate. 0: all of them.
 void emu_run_last_blocks(uint32_t blocks) {
   emulator::Machine::get().last_blocks = blocks;

@@ -13,6 +13,10 @@ using namespace vggfast::cuda;
 
 std::string message;
 
+cudaStream_t stream() {
+  return emulator::callers_stream(emulator::current_device());
+}
+
 template <class Function>
 const char* guarded(Function&& function) {
   try {
@@ -47,29 +51,29 @@ const char* emu_plan_text(const Plan* plan) {
 const char* emu_forward(const Problem* problem, const Plan* plan, const ForwardPointers* pointers) {
   // Called one by one, not through a pointer: a library may be linked without some of them.
   return guarded([&] {
-    if (plan->kernel == Kernel::first_layer) return sm80::first_layer(*problem, *plan, *pointers, nullptr);
-    if (plan->kernel == Kernel::wgmma) return sm90::forward(*problem, *plan, *pointers, nullptr);
-    if (plan->kernel == Kernel::wgmma_patch) return sm90::forward_patch(*problem, *plan, *pointers, nullptr);
-    sm80::forward(*problem, *plan, *pointers, nullptr);
+    if (plan->kernel == Kernel::first_layer) return sm80::first_layer(*problem, *plan, *pointers, stream());
+    if (plan->kernel == Kernel::wgmma) return sm90::forward(*problem, *plan, *pointers, stream());
+    if (plan->kernel == Kernel::wgmma_patch) return sm90::forward_patch(*problem, *plan, *pointers, stream());
+    sm80::forward(*problem, *plan, *pointers, stream());
   });
 }
 const char* emu_grad_input(const Problem* problem, const Plan* plan, const GradInputPointers* pointers) {
   return guarded([&] {
-    if (plan->kernel == Kernel::wgmma) return sm90::grad_input(*problem, *plan, *pointers, nullptr);
-    if (plan->kernel == Kernel::wgmma_patch) return sm90::grad_input_patch(*problem, *plan, *pointers, nullptr);
-    sm80::grad_input(*problem, *plan, *pointers, nullptr);
+    if (plan->kernel == Kernel::wgmma) return sm90::grad_input(*problem, *plan, *pointers, stream());
+    if (plan->kernel == Kernel::wgmma_patch) return sm90::grad_input_patch(*problem, *plan, *pointers, stream());
+    sm80::grad_input(*problem, *plan, *pointers, stream());
   });
 }
 const char* emu_grad_weight(const Problem* problem, const Plan* plan, const GradWeightPointers* pointers) {
   return guarded([&] {
-    if (plan->kernel == Kernel::wgmma) return sm90::grad_weight(*problem, *plan, *pointers, nullptr);
-    sm80::grad_weight(*problem, *plan, *pointers, nullptr);
+    if (plan->kernel == Kernel::wgmma) return sm90::grad_weight(*problem, *plan, *pointers, stream());
+    sm80::grad_weight(*problem, *plan, *pointers, stream());
   });
 }
 const char* emu_max_pool2x2(const Problem* problem, const PoolPointers* pointers) {
-  return guarded([&] { sm80::max_pool2x2(*problem, *pointers, nullptr); });
+  return guarded([&] { sm80::max_pool2x2(*problem, *pointers, stream()); });
 }
 const char* emu_grad_preact(const Problem* problem, const GradPreactPointers* pointers) {
-  return guarded([&] { sm80::grad_preact(*problem, *pointers, nullptr); });
+  return guarded([&] { sm80::grad_preact(*problem, *pointers, stream()); });
 }
 }

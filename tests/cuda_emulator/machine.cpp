@@ -127,10 +127,13 @@ bool Machine::run(const Launch& launch) {
               " (whole warps, at most 1024 threads, no empty grid)";
     return false;
   }
-  const auto allowed =
-      std::find_if(allowed_shared.begin(), allowed_shared.end(), [&](const auto& entry) { return entry.first == launch.kernel; });
+  const auto allowed = allowed_shared.find({device, launch.kernel});
   if (launch.shared_bytes > static_cast<size_t>(allowed == allowed_shared.end() ? 48 * 1024 : allowed->second)) {
-    failure = "launch refused: more dynamic shared memory than cudaFuncSetAttribute allowed";
+    failure = "launch refused: more dynamic shared memory than cudaFuncSetAttribute allowed on this device";
+    return false;
+  }
+  if (launch.stream != callers_stream(device)) {
+    failure = "launch refused: not on the caller's stream, or another device than the stream's is current";
     return false;
   }
   global.begin_launch();

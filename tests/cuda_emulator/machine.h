@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -119,7 +120,9 @@ public:
   std::string failure;
   uint64_t seed = 1;
   uint32_t last_blocks = 0; // of each launch, that run; 0: all
-  std::vector<std::pair<const void*, int>> allowed_shared;
+  Gpu gpu;
+  int device = 0;                                            // that is current
+  std::map<std::pair<int, const void*>, int> allowed_shared; // of a kernel on a device
 
   std::vector<Mbarrier> mbarriers;
   std::vector<BulkCopy> bulk_copies;

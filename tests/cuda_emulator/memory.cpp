@@ -93,6 +93,9 @@ const char* GlobalMemory::check_output(const Allocation& allocation, size_t offs
 }
 
 const char* GlobalMemory::check(uintptr_t address, size_t bytes, Access access, uint32_t thread) {
+  if (host_too && address - base_ >= kReserved) {
+    return misaligned(address, bytes) ? "misaligned" : nullptr;
+  }
   const Allocation* allocation = find(address);
   if (allocation == nullptr || address + bytes > allocation->begin + allocation->bytes) {
     return "out of bounds";

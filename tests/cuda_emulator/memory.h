@@ -23,7 +23,9 @@ public:
   void* allocate(size_t bytes, bool input);
   void release_all();
 
-  bool contains(uintptr_t address) const { return address - base_ < kReserved; }
+  /// Kernels use the host's memory too, of which only the alignment is known.
+  bool host_too = false;
+  bool contains(uintptr_t address) const { return host_too || address - base_ < kReserved; }
   /// Between launches everything written becomes plainly readable.
   void begin_launch();
   const char* check(uintptr_t address, size_t bytes, Access access, uint32_t thread);

@@ -122,7 +122,8 @@ const char* emu_planted(int bug, const float* in, float* out) {
   const Params params{in, out, static_cast<Bug>(bug)};
   const bool reads_only = params.bug == Bug::uninitialised_shared || params.bug == Bug::misaligned_vector;
   try {
-    launch_kernel("planted", reads_only ? planted_read_kernel : planted_kernel, {1, kThreads, sizeof(Shared)}, nullptr, params);
+    launch_kernel("planted", reads_only ? planted_read_kernel : planted_kernel, {1, kThreads, sizeof(Shared)},
+                  emulator::callers_stream(0), params);
     return nullptr;
   } catch (const std::exception& error) {
     message = error.what();
@@ -133,7 +134,7 @@ const char* emu_planted(int bug, const float* in, float* out) {
 /// Launches that CUDA refuses. 0: more shared memory than the kernel was allowed; 1: an empty grid.
 const char* emu_refused_launch(int which, const float* in, float* out) {
   const cudaLaunchConfig_t config{which == 1 ? emulator::dim3(0) : emulator::dim3(1), emulator::dim3(kThreads),
-                                  which == 0 ? size_t{64} * 1024 : sizeof(Shared), nullptr};
+                                  which == 0 ? size_t{64} * 1024 : sizeof(Shared), emulator::callers_stream(0)};
   return cudaLaunchKernelEx(&config, planted_kernel, Params{in, out, Bug::none}) == cudaSuccess ? nullptr : emulator::failure();
 }
 }

@@ -214,7 +214,7 @@ const char* emu_planted_sm90(int bug, int shift, const void* a, float* out) {
     if (params.bug == Bug::other_swizzle_in_map) {
       reinterpret_cast<emulator::TensorMap&>(params.a).swizzle_bytes = 64;
     }
-    launch_kernel("planted sm90", planted_sm90_kernel, {1, kThreads, sizeof(Shared)}, nullptr, params);
+    launch_kernel("planted sm90", planted_sm90_kernel, {1, kThreads, sizeof(Shared)}, emulator::callers_stream(0), params);
     return nullptr;
   } catch (const std::exception& error) {
     message = error.what();

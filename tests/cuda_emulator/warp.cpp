@@ -130,13 +130,21 @@ const char* failure() {
   return Machine::get().failure.c_str();
 }
 
+Gpu& gpu() {
+  return Machine::get().gpu;
+}
+
+int& current_device() {
+  return Machine::get().device;
+}
+
 bool allow_shared(const void* kernel, int bytes) {
   Machine& machine = Machine::get();
   if (bytes < 0 || static_cast<size_t>(bytes) > SharedMemory::kCapacity) {
     machine.failure = "cudaFuncSetAttribute: more shared memory than any GPU has";
     return false;
   }
-  machine.allowed_shared.insert(machine.allowed_shared.begin(), {kernel, bytes});
+  machine.allowed_shared[{machine.device, kernel}] = bytes;
   return true;
 }
 

@@ -96,6 +96,7 @@ inline T max(T a, T b) {
   return a < b ? b : a;
 }
 
+#define CUDART_VERSION 13000
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -111,7 +112,11 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulator::current_device();
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  emulator::current_device() = device;
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
@@ -123,6 +128,23 @@ inline cudaError_t cudaGetLastError() {
 /// A failed emulation is reported by the launch itself, with what the emulator saw.
 inline const char* cudaGetErrorString(cudaError_t) {
   return emulator::failure();
+}
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  const emulator::Gpu& gpu = emulator::gpu();
+  *value = which == cudaDevAttrMultiProcessorCount      ? gpu.sm_count
+           : which == cudaDevAttrComputeCapabilityMajor ? gpu.capability / 10
+                                                        : gpu.capability % 10;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
 }
 
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
@@ -141,7 +163,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     }
   } call{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
   const emulator::Launch launch{
-      config->gridDim, config->blockDim, config->dynamicSmemBytes, reinterpret_cast<const void*>(kernel), &Call::run,
-      &call,           sizeof call};
+      config->gridDim, config->blockDim, config->dynamicSmemBytes, reinterpret_cast<const void*>(kernel), &Call::run, &call,
+      sizeof call,     config->stream};
   return emulator::run(launch) ? cudaSuccess : cudaErrorLaunchFailure;
 }

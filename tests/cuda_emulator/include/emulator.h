@@ -20,13 +20,26 @@ struct Launch {
   void (*call)(const void* closure);
   const void* closure;
   size_t closure_bytes;
+  const void* stream;
 };
+
+/// What every device says of itself.
+struct Gpu {
+  int sm_count = 2, capability = 90; // 10 * major + minor
+};
+Gpu& gpu();
+
+/// The device that is current. Every launch must name its caller's stream.
+int& current_device();
+inline void* callers_stream(int device) {
+  return reinterpret_cast<void*>(static_cast<uintptr_t>(0x5700 + device));
+}
 
 /// Runs the grid. False when a thread did something that a GPU would not survive, or could survive by luck only.
 bool run(const Launch& launch);
 /// What run() saw, or why a launch was refused.
 const char* failure();
-/// cudaFuncSetAttribute(MaxDynamicSharedMemorySize).
+/// cudaFuncSetAttribute(MaxDynamicSharedMemorySize), on the current device.
 bool allow_shared(const void* kernel, int bytes);
 
 dim3 thread_index();
