@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -54,10 +55,12 @@ def find_nvcc() -> Path | None:
     on_path = shutil.which("nvcc")
     if on_path:
         candidates.append(Path(on_path))
-    for nvcc in candidates:
-        if nvcc.is_file():
-            return nvcc
+    found = next((nvcc for nvcc in candidates if nvcc.is_file()), None)
+    if found and cuda_archs():
+        return found
     message = "no nvcc in CUDA_HOME, in NVIDIA's compiler wheels (see pyproject.toml) or on PATH"
+    if found:
+        message = "TORCH_CUDA_ARCH_LIST names no GPU of compute capability 8.0 or newer"
     if os.environ.get("VGGFAST_CUDA") == "1":
         raise RuntimeError(f"VGGFAST_CUDA=1, but {message}")
     print(f"vggfast: building without CUDA kernels: {message}")
@@ -65,8 +68,12 @@ def find_nvcc() -> Path | None:
 
 
 def cuda_archs() -> list[str]:
-    """The GPUs to compile for, as in TORCH_CUDA_ARCH_LIST: "8.0+PTX" is machine code for 8.0 and PTX for what comes later."""
-    return os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS).replace(",", ";").replace(" ", ";").split(";")
+    """The GPUs to compile for, as in TORCH_CUDA_ARCH_LIST: "8.0+PTX" is machine code for 8.0 and PTX for what comes later.
+
+    Images with torch set that list for torch. What it names before 8.0 has no kernel here, nor would one compile.
+    """
+    named = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,") or CUDA_ARCHS)
+    return [arch for arch in named if not re.match(r"[1-7]\.", arch)]
 
 
 def gencode_flags() -> list[str]:

@@ -218,6 +218,38 @@ def test_a_wrong_plan_in_the_environment_is_a_message() -> None:
     assert done.stderr == "error: VGGFAST_CUDA_PLAN: expected aten, sm80, sm90 or sm90patch, got 'fast'\n"
 
 
+# ---- what is compiled ------------------------------------------------------------------------------------------------
+
+ASK_ARCHS = """
+import setuptools
+setuptools.setup = lambda **_: None
+import setup
+print(*setup.gencode_flags(), bool(setup.find_nvcc()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("listed", "flags"),
+    [
+        ("7.5 8.0 9.0+PTX", ["80,code=sm_80", "90,code=sm_90", "90,code=compute_90"]),  # as images with torch have it
+        ("7.0;7.5+PTX;12.0a;", ["120a,code=sm_120a"]),
+        ("7.5", []),
+        ("", ["80,code=sm_80", "80,code=compute_80", "90,code=sm_90"]),
+    ],
+)
+def test_gpus_without_kernels_are_not_compiled_for(tmp_path: Path, listed: str, flags: list[str]) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch()
+    environment = {name: value for name, value in os.environ.items() if name != "VGGFAST_CUDA"}
+    environment |= {"TORCH_CUDA_ARCH_LIST": listed, "CUDA_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", ASK_ARCHS], cwd=ROOT, env=environment, capture_output=True, text=True)
+    *found, builds = done.stdout.splitlines()[-1].split()
+    assert found == [f"-gencode=arch=compute_{flag}" for flag in flags], done.stderr
+    assert builds == str(bool(flags))
+    assert ("names no GPU" in done.stdout) == (not flags)
+
+
 # ---- what is known of a device ---------------------------------------------------------------------------------------
 
 
