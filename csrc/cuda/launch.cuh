@@ -12,6 +12,7 @@ namespace vggfast::cuda {
 
 inline void check(cudaError_t error, const char* kernel_name) {
   if (error != cudaSuccess) {
+    cudaGetLastError(); // told here: the next launch is not to be taken for what failed
     throw std::runtime_error(std::string("vggfast: kernel ") + kernel_name + ": " + cudaGetErrorString(error));
   }
 }

@@ -121,6 +121,7 @@ public:
   uint64_t seed = 1;
   uint32_t last_blocks = 0; // of each launch, that run; 0: all
   Gpu gpu;
+  int last_error = 0;
   int device = 0;                                            // that is current
   std::map<std::pair<int, const void*>, int> allowed_shared; // of a kernel on a device
 

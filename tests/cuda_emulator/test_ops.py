@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_emulator_harness import CSRC, HERE, RUNTIME_FLAGS, Emulator, compile_object
+from cuda_emulator_harness import CSRC, HERE, RUNTIME_FLAGS, Case, Emulator, compile_object
+from cuda_reference import make_inputs
 from reference import BIAS_LAYOUTS, LAYOUTS, float64_results, integers
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -163,3 +164,20 @@ def test_what_no_kernel_takes_is_a_message(emulator: Emulator) -> None:
     with pytest.raises(RuntimeError, match=r"compute capability 8\.0"):
         CONV_OPS.conv3x3(x, weight, bias, True, True, True)
     assert vggfast.ops.conv3x3(x, weight, bias).shape == (N, K, H, W)
+
+
+def test_a_failure_is_told_once(emulator: Emulator) -> None:
+    """CUDA remembers the last error until it is asked for it: what comes next has not failed."""
+    x, weight, bias, _ = operands().values()
+    emulator.library.emu_set_gpu(0, 90)
+    with pytest.raises(RuntimeError, match=r"\(device properties\)"):
+        CONV_OPS.conv3x3(x, weight, bias, True, True, True)
+    emulator.library.emu_set_gpu(*TINY_GPU)
+    check(operands())
+
+
+def test_large_shared_memory_is_asked_for_on_every_device(emulator: Emulator) -> None:
+    case = Case(1, 4, 4, 8, 8)
+    for device in (1, 2, 1):
+        emulator.library.emu_set_device(device)
+        emulator.forward(case, *make_inputs(case), tile="m128n128")

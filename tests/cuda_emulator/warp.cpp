@@ -130,6 +130,10 @@ const char* failure() {
   return Machine::get().failure.c_str();
 }
 
+int& last_error() {
+  return Machine::get().last_error;
+}
+
 Gpu& gpu() {
   return Machine::get().gpu;
 }

@@ -119,11 +119,16 @@ inline cudaError_t cudaSetDevice(int device) {
   emulator::current_device() = device;
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  return emulator::allow_shared(kernel, bytes) ? cudaSuccess : cudaErrorInvalidValue;
+/// Calls that fail leave their error behind, until somebody asks.
+inline cudaError_t remembered(cudaError_t error) {
+  emulator::last_error() = error != cudaSuccess ? error : emulator::last_error();
+  return error;
 }
 inline cudaError_t cudaGetLastError() {
-  return cudaSuccess;
+  return static_cast<cudaError_t>(std::exchange(emulator::last_error(), int{cudaSuccess}));
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  return remembered(emulator::allow_shared(kernel, bytes) ? cudaSuccess : cudaErrorInvalidValue);
 }
 /// A failed emulation is reported by the launch itself, with what the emulator saw.
 inline const char* cudaGetErrorString(cudaError_t) {
@@ -140,7 +145,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
   *value = which == cudaDevAttrMultiProcessorCount      ? gpu.sm_count
            : which == cudaDevAttrComputeCapabilityMajor ? gpu.capability / 10
                                                         : gpu.capability % 10;
-  return cudaSuccess;
+  return remembered(gpu.sm_count > 0 ? cudaSuccess : cudaErrorInvalidValue); // none: a device that was lost
 }
 inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = CUDART_VERSION;
@@ -165,5 +170,5 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const emulator::Launch launch{
       config->gridDim, config->blockDim, config->dynamicSmemBytes, reinterpret_cast<const void*>(kernel), &Call::run, &call,
       sizeof call,     config->stream};
-  return emulator::run(launch) ? cudaSuccess : cudaErrorLaunchFailure;
+  return remembered(emulator::run(launch) ? cudaSuccess : cudaErrorLaunchFailure);
 }

@@ -23,6 +23,9 @@ struct Launch {
   const void* stream;
 };
 
+/// What cudaGetLastError tells.
+int& last_error();
+
 /// What every device says of itself.
 struct Gpu {
   int sm_count = 2, capability = 90; // 10 * major + minor
