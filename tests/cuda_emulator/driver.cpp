@@ -3,6 +3,7 @@
 #include <sstream>
 #include <string>
 
+#include "cuda/fast_div.h"
 #include "cuda/sm80/launch.h"
 #include "cuda/plan_patch.h"
 #include "cuda/sm90/launch.h"
@@ -40,6 +41,9 @@ void emu_plan_sm90(int pass, const Problem* problem, const Device* device, Plan*
 }
 void emu_plan_patch(int pass, const Problem* problem, const Device* device, Plan* plan) {
   *plan = choose_plan_patch(static_cast<Pass>(pass), *problem, *device);
+}
+int emu_quotient(int n, uint32_t divisor) {
+  return FastDiv(divisor).quotient(n);
 }
 const char* emu_plan_text(const Plan* plan) {
   std::ostringstream text;

@@ -44,9 +44,9 @@ def finite(saved: Saved) -> Saved:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", [*TILES, None])  # the last: as planned
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_grad_input(emulator: Emulator, case: Case, tile: str, dtype: torch.dtype) -> None:
+def test_grad_input(emulator: Emulator, case: Case, tile: str | None, dtype: torch.dtype) -> None:
     case = dataclasses.replace(case, dtype=dtype)
     x, weight, _ = make_inputs(case)
     saved = finite(make_saved(case))
@@ -72,6 +72,18 @@ def test_grad_weight_and_bias(emulator: Emulator, case: Case, tile: str, dtype: 
     theirs = torch_like_gradients(grad, x, weight, dtype)
     assert_close(ours, exact[1], theirs[1])
     assert_close(ours_bias, exact[2], theirs[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_grad_weight_as_planned(emulator: Emulator, dtype: torch.dtype) -> None:
+    """On the tile that the plan names, in the workspace that it asks for: more than 64 channels on both sides."""
+    case = Case(1, 7, 9, 72, 136, dtype)
+    x, weight, _ = make_inputs(case)
+    saved = finite(make_saved(case))
+    ours, _ = emulator.grad_weight(case, saved, x)
+    grad = grad_preact(case, saved)
+    exact = convolution_gradients(grad, x, weight, torch.float64)[1]
+    assert_close(ours, exact, torch_like_gradients(grad, x, weight, dtype)[1])
 
 
 def test_grad_weight_without_bias(emulator: Emulator) -> None:

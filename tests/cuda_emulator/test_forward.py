@@ -29,9 +29,9 @@ def name(value: object) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", [*TILES, None])  # the last: as planned
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_forward(emulator: Emulator, case: Case, tile: str, dtype: torch.dtype) -> None:
+def test_forward(emulator: Emulator, case: Case, tile: str | None, dtype: torch.dtype) -> None:
     case = Case(case.n, case.h, case.w, case.c, case.k, dtype, case.relu, case.pool)
     x, weight, bias = make_inputs(case)
     y, argmax = emulator.forward(case, x, weight, bias, tile=tile)

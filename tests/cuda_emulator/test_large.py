@@ -53,11 +53,27 @@ def test_forward_far_end(emulator: Emulator) -> None:
     torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.02)
 
 
+def test_first_layer_far_end(emulator: Emulator) -> None:
+    """The last four images, a tile each, of x in NHWC: their pixels are found by strides."""
+    emulator.reset(1)
+    case = Case((1 << 31) // (8 * 8 * 3) // 4 * 4 + 8, 8, 8, 3, 8)
+    last = dataclasses.replace(case, n=4)
+    x, weight, bias = make_inputs(last)
+    emulator.library.emu_run_last_blocks(1)
+    inputs = emulator.allocate(case.n * 64 * 3, case.dtype, read_only=True)
+    emulator.upload(x, far(inputs, case, 3, 4))
+    y = emulator.allocate(case.n * 64 * case.k, case.dtype)
+    arguments = ForwardPointers(inputs, emulator.upload(weight), emulator.upload(bias), y, None, 0, *x.stride())
+    emulator.call("emu_forward", case.problem, emulator.plan("forward", case.problem), arguments)
+    ours = emulator.download(far(y, case, case.k, 4), (4, 8, 8, case.k), case.dtype)
+    torch.testing.assert_close(ours, torch_like(x, weight, bias, True, case.dtype), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("pool", [False, True])
 def test_outputs_far_end(emulator: Emulator, pool: bool) -> None:
-    """The last image of y lies past 2^31 elements; with pool, twice as many channels' worth of images do it."""
+    """The last image of y lies past 2^31 elements; with pool, that of the argmax past 2^31 bytes."""
     emulator.reset(1)
-    case = Case(4 * IMAGES if pool else IMAGES, 8, 8, 8, 512, pool=pool)
+    case = Case(16 * IMAGES if pool else IMAGES, 8, 8, 8, 512, pool=pool)
     images = 4 if pool else 1
     x, weight, bias = make_inputs(dataclasses.replace(case, n=images))
     rows = 16 if pool else 64
@@ -76,10 +92,11 @@ def test_outputs_far_end(emulator: Emulator, pool: bool) -> None:
     torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("pool", [False, True])
-def test_grad_input_far_end(emulator: Emulator, pool: bool) -> None:
+@pytest.mark.parametrize(("relu", "pool"), [(False, False), (True, False), (True, True)])
+def test_grad_input_far_end(emulator: Emulator, relu: bool, pool: bool) -> None:
+    """Through registers, and where there is nothing to mask by asynchronous copies."""
     emulator.reset(1)
-    case = Case(4 * IMAGES if pool else IMAGES, 8, 8, 8, 512, pool=pool)
+    case = Case(4 * IMAGES if pool else IMAGES, 8, 8, 8, 512, relu=relu, pool=pool)
     last = dataclasses.replace(case, n=1)
     _, weight, _ = make_inputs(last)
     saved = make_saved(last)
@@ -88,7 +105,8 @@ def test_grad_input_far_end(emulator: Emulator, pool: bool) -> None:
     emulator.library.emu_run_last_blocks(1)
     grad, y = (emulator.allocate(case.n * pixels * case.k, case.dtype, read_only=True) for _ in range(2))
     emulator.upload(saved.grad, far(grad, case, case.k, 1, pooled=pool))
-    emulator.upload(saved.y, far(y, case, case.k, 1, pooled=pool))
+    if saved.y is not None:
+        emulator.upload(saved.y, far(y, case, case.k, 1, pooled=pool))
     codes = None
     if pool:
         codes = emulator.allocate(case.n * pixels * case.k // 4, torch.uint8, read_only=True)
@@ -128,7 +146,7 @@ def test_grad_weight_far_end(emulator: Emulator) -> None:
 
 def test_pointwise_far_end(emulator: Emulator) -> None:
     emulator.reset(1)
-    case = Case(IMAGES, 8, 8, 8, 512, pool=True, relu=False)
+    case = Case(4 * IMAGES, 8, 8, 8, 512, pool=True, relu=False)  # the pooled tensors too
     last = dataclasses.replace(case, n=1)
     saved = make_saved(last)
     emulator.library.emu_run_last_blocks(32)
@@ -150,3 +168,14 @@ def test_pointwise_far_end(emulator: Emulator) -> None:
     emulator.call("emu_max_pool2x2", dataclasses.replace(case, c=512).problem, PoolPointers(inputs, y, None))
     ours = emulator.download(far(y, case, case.k, 1, pooled=True), (1, 4, 4, case.k), case.dtype)
     assert torch.equal(ours, pool_in_torch_order(x)[0])
+
+
+def test_quotients_up_to_2_31(emulator: Emulator) -> None:
+    """Where a multiplication in place of a division would first be wrong: around multiples of the divisor, the large ones above all."""
+    largest = 2**31 - 1
+    powers = [2**k + offset for k in range(1, 31) for offset in (-1, 0, 1)]
+    for divisor in {*range(1, 300), *powers, 224, 14 * 14, 12345677, largest}:
+        multiples = {0, divisor, largest // 2 // divisor * divisor, largest // divisor * divisor}
+        for n in {m + offset for m in multiples for offset in (-1, 0, 1)} | {largest}:
+            if 0 <= n <= largest:
+                assert emulator.library.emu_quotient(n, divisor) == n // divisor, (n, divisor)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cuda_emulator_harness import H100, KERNELS, WIDE_TILES, Case, Emulator
 from cuda_reference import convolve, make_inputs, make_saved
-from test_sm90 import BATCHES, DTYPES, LAYERS, Box, Planned, check_forward, check_grad_input, name
+from test_sm90 import BATCHES, DTYPES, LAYERS, Box, Planned, check_forward, check_grad_input, check_planned_sizes, name
 
 TILES = ("m256n64", "m256n128", "m128n128")
 CHECKS = {"forward": check_forward, "grad_input": check_grad_input}
@@ -19,6 +19,9 @@ CASES = [
     Case(2, 11, 9, 72, 136, relu=False),  # two blocks of the reduction, the last ragged; ragged column tiles
     Case(3, 9, 17, 64, 64, pool=True),  # filters that stay, over several tiles; odd image
     Case(5, 8, 10, 136, 40),  # three blocks, which both rings go round
+    Case(
+        1, 9, 10, 136, 40
+    ),  # three blocks in two splits: with what ReLU let through, two parts of grad_input's workspace
 ]
 
 
@@ -54,6 +57,14 @@ def test_vgg_gets_plans_with_patches(emulator: Emulator) -> None:
             assert plan.blocks <= 132
 
 
+def test_64_pixels_in_order_are_of_one_image(emulator: Emulator) -> None:
+    """A descriptor counts lines of one patch: low images leave lines idle, whatever their number."""
+    for size in range(1, 12):
+        for step in CHECKS:
+            plan = emulator.patch_plan(step, Case(64, size, size, 64, 64), sms=132)
+            assert plan.box_h % 8 == 0
+
+
 @pytest.mark.parametrize("step", CHECKS)
 def test_every_plan_of_vgg(emulator: Emulator, step: str) -> None:
     """On one or two small tiles a block, with the channels that make so many splits."""
@@ -76,6 +87,11 @@ def test_every_plan_of_vgg(emulator: Emulator, step: str) -> None:
             CHECKS[step](emulator, case, planned.tile, planned.box, splits=planned.splits, patch=True)
         except Exception as error:
             raise AssertionError(f"{step}, {planned}, {name(case)}: {error}") from error
+
+
+@pytest.mark.parametrize("step", CHECKS)
+def test_grids_and_workspaces_are_those_that_the_tests_run_with(emulator: Emulator, step: str) -> None:
+    check_planned_sizes(emulator, step, torch.bfloat16, patch=True)
 
 
 @pytest.mark.parametrize("seed", [2, 3, 4])

@@ -57,6 +57,7 @@ REFUSED = {
     "pixels": (Case(1 << 16, 256, 256, 8, 8).problem, H100, "pixels"),
     "weight": (Case(1, 8, 8, 1 << 14, 1 << 14).problem, H100, "weight"),
     "one very wide row": (Case(1, 1, 1 << 22, 512, 8).problem, H100, "tile"),
+    "one very wide row of outputs": (Case(1, 1, 1 << 22, 8, 512).problem, H100, "tile"),
 }
 
 
@@ -68,6 +69,13 @@ def test_what_does_not_fit_goes_to_aten_and_says_why(
     assert KERNELS[plan.kernel] == "aten"
     assert reason in plan.reason.decode()
     assert emulator.plan_text(plan) == f"aten: {plan.reason.decode()}"
+
+
+def test_pixels_end_a_tile_before_2_31(emulator: Emulator) -> None:
+    """Kernels count pixels, and pools, up to a tile past the last."""
+    for step in ("forward", "grad_input", "grad_weight"):
+        plans = [emulator.plan(step, Case(2**31 - 1024 - less, 1, 1, 8, 8).problem) for less in (1, 0)]
+        assert [KERNELS[plan.kernel] for plan in plans] == ["implicit_gemm", "aten"]
 
 
 def test_first_layer_has_no_backward_kernel(emulator: Emulator) -> None:

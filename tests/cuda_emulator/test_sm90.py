@@ -23,7 +23,7 @@ from cuda_reference import (
     torch_like,
     torch_like_gradients,
 )
-from test_torch_semantics import few_values, identity_weight
+from test_torch_semantics import few_values, identity_weight, off_the_grid
 
 from vggfast.bench.layers import CONFIGS, conv_layers
 
@@ -212,6 +212,32 @@ def test_every_plan_of_vgg(emulator: Emulator, step: str, dtype: torch.dtype) ->
     assert ran == set(plans)
 
 
+@pytest.mark.parametrize(("step", "dtype"), PLANNED, ids=name)
+def test_grids_and_workspaces_are_those_that_the_tests_run_with(
+    emulator: Emulator, step: str, dtype: torch.dtype
+) -> None:
+    """`wide_plan_like` counts them anew; with 512 images they pass 2^31 bytes."""
+    check_planned_sizes(emulator, step, dtype)
+
+
+def check_planned_sizes(emulator: Emulator, step: str, dtype: torch.dtype, *, patch: bool = False) -> None:
+    for batch, (c, k, size), pool, relu in itertools.product((1, 8, 512), LAYERS, (False, True), (False, True)):
+        case = Case(batch, size, size, c, k, dtype, relu, pool)
+        plan = (emulator.patch_plan if patch else emulator.wide_plan)(step, case, sms=132)
+        tile, box, splits = Planned.of(plan)
+        if step == "grad_weight" and tile.startswith("m64"):
+            splits //= 2  # two partial results a split
+        same = emulator.wide_plan_like(step, case, tile, box, splits=splits, sms=132, patch=patch)
+        for field in ("tiles_m", "tiles_n", "splits", "blocks", "workspace_bytes"):
+            assert getattr(plan, field) == getattr(same, field), (name(case), field)
+
+
+def test_grad_weight_of_several_tiles(emulator: Emulator) -> None:
+    """Two of output channels, two of input channels, of every tile."""
+    for tile in WEIGHT_TILES:
+        check_grad_weight(emulator, Case(2, 4, 6, 136, 136), tile, (4, 4, 4), splits=2)
+
+
 def test_whole_layer_of_512_channels(emulator: Emulator) -> None:
     """72 stages a tile, forward and grad_input: the ring goes round many times."""
     case = Case(2, 4, 4, 512, 512)
@@ -268,14 +294,6 @@ def test_infinities_at_the_edge_reach_only_the_taps_that_read_them(emulator: Emu
 
 
 # ---- TF32: what the operands are rounded to. Exact, because an error of one operand alone would pass for rounding.
-
-
-def off_the_grid(shape: tuple[int, ...], seed: int = 3) -> torch.Tensor:
-    """fp32 that TF32 does not hold, half of which truncation would get wrong; none in the middle between two, where the rule for ties
-    would matter."""
-    bits = torch.randint(0x3F000000, 0x41000000, shape, generator=torch.Generator().manual_seed(seed))
-    tied = (bits & 0x1FFF) == 0x1000
-    return (bits + tied.long()).to(torch.int32).view(torch.float32)
 
 
 def check_rounded_forward(emulator: Emulator, tile: str = "m256n64") -> None:

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_emulator_harness import TILES, Case, Emulator
-from cuda_reference import convolve, make_inputs, make_saved, pack_argmax, pool_in_torch_order
+from cuda_emulator_harness import TILES, Case, Emulator, Saved
+from cuda_reference import convolve, make_inputs, make_saved, pack_argmax, pool_in_torch_order, round_tf32
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -27,6 +27,14 @@ def identity_weight(channels: int, dtype: torch.dtype) -> torch.Tensor:
 def few_values(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     """Small integers, so that pools are full of ties."""
     return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def off_the_grid(shape: tuple[int, ...], seed: int = 3) -> torch.Tensor:
+    """fp32 that TF32 does not hold, half of which truncation would get wrong; none in the middle between two, where the rule for ties
+    would matter."""
+    bits = torch.randint(0x3F000000, 0x41000000, shape, generator=torch.Generator().manual_seed(seed))
+    tied = (bits & 0x1FFF) == 0x1000
+    return (bits + tied.long()).to(torch.int32).view(torch.float32)
 
 
 @pytest.mark.parametrize("relu", [True, False])
@@ -143,3 +151,47 @@ def test_ldmatrix_has_no_bank_conflicts(emulator: Emulator, tile: str, dtype: to
     if tile != "m256n64":
         emulator.grad_weight(case, saved, x, tile="m64n64" if dtype == torch.float32 else tile)
         assert emulator.statistics().ldmatrix_conflicts == 0
+
+
+# ---- TF32: what the operands are rounded to. Exact, because an error of one operand alone would pass for rounding.
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_both_operands_are_rounded_to_tf32(emulator: Emulator, tile: str) -> None:
+    """Pixels under filters that copy them, and filters of a single pixel."""
+    case = Case(1, 5, 6, 40, 40, torch.float32, relu=False)
+    pixels, weight, copy = off_the_grid((1, 5, 6, 40)), off_the_grid((40, 3, 3, 40)), identity_weight(40, case.dtype)
+    one = torch.zeros_like(pixels)
+    one[0, 2, 3, 7] = 1
+    y, spread = (emulator.forward(case, *inputs, None, tile=tile)[0] for inputs in ((pixels, copy), (one, weight)))
+    assert torch.equal(y, round_tf32(pixels))
+    assert torch.equal(spread[0, 1:4, 2:5], round_tf32(weight[..., 7]).permute(1, 2, 0).flip(0, 1))
+    y, spread = (
+        emulator.grad_input(case, Saved(grad, None, None), filters, tile=tile)
+        for grad, filters in ((pixels, copy), (one, weight))
+    )
+    assert torch.equal(y, round_tf32(pixels))
+    assert torch.equal(spread[0, 1:4, 2:5], round_tf32(weight[7]))
+
+
+def test_both_operands_of_grad_weight_are_rounded_to_tf32(emulator: Emulator) -> None:
+    """The gradient of one pixel takes the pixels around it; one pixel is taken by the gradients around it."""
+    case = Case(1, 5, 6, 40, 40, torch.float32, relu=False)
+    pixels = off_the_grid((1, 5, 6, 40))
+    one = torch.zeros_like(pixels)
+    one[0, 2, 3, 7] = 1
+    rounded = round_tf32(pixels[0, 1:4, 2:5])
+    assert torch.equal(emulator.grad_weight(case, Saved(one, None, None), pixels)[0][7], rounded)
+    of_one_pixel = emulator.grad_weight(case, Saved(pixels, None, None), one)[0][..., 7]
+    assert torch.equal(of_one_pixel, rounded.flip(0, 1).permute(2, 0, 1))
+
+
+def test_both_operands_of_the_first_layer_are_rounded_to_tf32(emulator: Emulator) -> None:
+    case = Case(1, 5, 6, 3, 8, torch.float32, relu=False)
+    pixels, weight, copy = off_the_grid((1, 5, 6, 3)), off_the_grid((8, 3, 3, 3)), torch.zeros(8, 3, 3, 3)
+    copy[:3] = identity_weight(3, case.dtype)
+    one = torch.zeros_like(pixels)
+    one[0, 2, 3, 1] = 1
+    assert torch.equal(emulator.forward(case, pixels, copy, None)[0][..., :3], round_tf32(pixels))
+    spread = emulator.forward(case, one, weight, None)[0]
+    assert torch.equal(spread[0, 1:4, 2:5], round_tf32(weight[..., 1]).permute(1, 2, 0).flip(0, 1))
