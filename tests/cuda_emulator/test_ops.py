@@ -52,12 +52,15 @@ def library(emulator: Emulator, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(autouse=True)
-def start(emulator: Emulator, library: ctypes.CDLL) -> None:
+def start(emulator: Emulator, library: ctypes.CDLL) -> Iterator[None]:
     """The kernels of sm_80, and another device current than the tensors', whose index on a CPU is -1."""
     emulator.reset(1)
     emulator.library.emu_set_gpu(*TINY_GPU)
     emulator.library.emu_set_device(0)
     library.emu_set_kernels(b"sm80")
+    torch.use_deterministic_algorithms(True)  # new memory is NaN: what nobody writes shows
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def operands(dtype: torch.dtype = torch.bfloat16, c: int = C, *, pool: bool = True) -> dict[str, Tensor]:
@@ -79,6 +82,9 @@ def check(tensors: dict[str, Tensor], *, relu: bool = True, pool: bool = True) -
     for name, a, b in zip(("y", "grad x", "grad weight", "grad bias"), ours, expected, strict=False):
         assert torch.equal(a.double(), b), name
         assert a.dtype == x.dtype
+        if a.dim() == 4:  # parameters lie as torch makes them
+            layout = torch.contiguous_format if name == "grad weight" else torch.channels_last
+            assert a.is_contiguous(memory_format=layout), name
     assert argmax.numel() == (N * (H // 2) * (W // 2) * K // 4 if pool else 0)
 
 
@@ -89,6 +95,15 @@ def test_every_set_of_kernels(library: ctypes.CDLL, kernels: str, dtype: torch.d
     library.emu_set_kernels(kernels.encode())
     check(operands(dtype, pool=pool), relu=relu, pool=pool)
     assert library.emu_torch_device() == 0  # torch's current device is what it was
+
+
+@pytest.mark.parametrize(("kernels", "boxes"), [("sm80", 0), ("sm90", 9 + 9), ("sm90patch", 1 + 9)])
+def test_the_set_that_is_named_runs(emulator: Emulator, library: ctypes.CDLL, kernels: str, boxes: int) -> None:
+    """Pixels and filters that the copy engine brings for one tile: a box a tap, or one patch."""
+    library.emu_set_kernels(kernels.encode())
+    x, weight, bias, _ = operands().values()
+    CONV_OPS.conv3x3(x, weight, bias, True, True, True)
+    assert emulator.statistics().tma_boxes == boxes
 
 
 def test_splits(emulator: Emulator, library: ctypes.CDLL) -> None:
