@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+from math import log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from vggfast.bench.contenders import VGGFAST
 from vggfast.bench.layers import CONFIGS, VGG16_LAYERS
 from vggfast.bench.measure import CONTROL
 from vggfast.bench.results import Json, contender, digest
+from vggfast.bench.stats import ratios
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,6 +92,11 @@ def _where(data: Json) -> str:
     return device.get("gpu") or f"{device['cpu']}, {threads} threads"
 
 
+def _times(theirs: Json, ours: Json) -> float:
+    """How many times as long they take, as README has it: round by round."""
+    return ratios(theirs["rounds"], ours["rounds"]).median
+
+
 def title_of(case: Json) -> str:
     return f"{TASK_NAMES.get(case['task'], case['task'])}, {DTYPE_NAMES[case['dtype']]}, batch {case['batch']}"
 
@@ -143,9 +151,9 @@ def _network_panel(axes: Axes, group: Json, records: list[Json]) -> None:
             bar.set_edgecolor("white")
     places = range(len(records))
     axes.errorbar(per_image, places, xerr=[low, high], fmt="none", ecolor=DARK, elinewidth=0.9, capsize=2)
-    ours = next(v for c, v in zip(records, per_image, strict=True) if c["label"] == OURS)
+    ours = next(c for c in records if c["label"] == OURS)
     for place, record, value, above in zip(places, records, per_image, high, strict=True):
-        times = "" if record["label"] == OURS else f"  {value / ours:.2f}×"
+        times = "" if record["label"] == OURS else f"  {_times(record, ours):.2f}×"
         number = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
         _note(axes, number + times, (value + above, place), (4, 0), va="center")
     axes.set_xlim(0, max(v + h for v, h in zip(per_image, high, strict=True)) * 1.24)
@@ -206,9 +214,9 @@ def _layer_panel(axes: Axes, data: Json, task: str, batch: int) -> None:
     rates = [(ours["gflops"], theirs["gflops"] if theirs else 0.0) for _, ours, theirs in found]
     axes.bar([p - 0.2 for p in places], [ours for ours, _ in rates], 0.4, color=BLUE, label=OURS)
     axes.bar([p + 0.2 for p in places], [theirs for _, theirs in rates], 0.4, color=GREY, label=TORCH)
-    for place, (ours, theirs) in zip(places, rates, strict=True):
+    for place, rate, (_, ours, theirs) in zip(places, rates, found, strict=True):
         if theirs:
-            _note(axes, f"{ours / theirs:.1f}×", (place, max(ours, theirs)), (0, 2), ha="center")
+            _note(axes, f"{_times(theirs, ours):.1f}×", (place, max(rate)), (0, 2), ha="center")
     peak = _ceilings(data)["peak_gflops"].get(found[0][1]["dtype"])
     if peak:
         axes.axhline(peak, color=ORANGE, linewidth=1, linestyle="--", label="peak of multiply-adds")
@@ -254,7 +262,7 @@ def roofline(data: Json) -> Figure | None:
     axes.set_xlabel("operations per byte moved (input, filters, output: once each)", fontsize=9)
     axes.set_ylabel("GFLOP/s", fontsize=9)
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
-    axes.legend(loc="lower right", fontsize=8.5, frameon=True)
+    axes.legend(loc="upper left", fontsize=8.5, frameon=True)
     what = f"VGG16's convolutions with ReLU and pool, {DTYPE_NAMES[dtype]}, batch {batch}"
     axes.set_title(f"{what}\n{_where(data)}", fontsize=10.5)
     _bare(axes)
@@ -277,10 +285,7 @@ def _roofline_points(axes: Axes, found: list[tuple[Any, Json, Json | None]], bat
             theirs.append((gflop / gigabytes, gflop / rival["seconds"]["median"]))
         axes.plot(*zip(executed[-1], direct[-1], strict=True), color=BLUE, alpha=0.25, linewidth=0.8)
     names = [layer.name.removeprefix("conv") for layer, _, _ in found]
-    for i, (place, name) in enumerate(sorted(zip(executed, names, strict=True))):
-        below = i % 2 == 0  # in turn, since neighbours are close
-        offset, side = ((4, -9), "left") if below else ((-4, 4), "right")
-        _note(axes, name, place, offset, ha=side, fontsize=7.5, color=BLUE)
+    _names_below(axes, executed, names, 0.78 * min(rate for _, rate in executed + theirs))
     for points, face, edge, label in (
         (theirs, GREY, DARK, TORCH),
         (executed, BLUE, BLUE, "vggfast, operations executed"),
@@ -289,6 +294,26 @@ def _roofline_points(axes: Axes, found: list[tuple[Any, Json, Json | None]], bat
         if points:
             x, y = zip(*points, strict=True)
             axes.scatter(x, y, s=34, color=face, edgecolor=edge, linewidth=0.8, label=label, zorder=3)
+
+
+def _names_below(axes: Axes, points: list[tuple[float, float]], names: list[str], height: float) -> None:
+    """The points' names in a row at `height`, a line to each: beside the points, which are close, they would cover each other."""
+    found = sorted(zip(points, names, strict=True))
+    exponents = [log10(x) for (x, _), _ in found]
+    width = 0.075  # of a name, in decades of the axis
+    pushed_right = accumulate(exponents, lambda before, x: max(x, before + width))
+    pushed_left = accumulate(reversed(exponents), lambda behind, x: min(x, behind - width))
+    for (point, name), right, left in zip(found, pushed_right, reversed(list(pushed_left)), strict=True):
+        axes.annotate(
+            name,
+            point,
+            xytext=(10 ** ((right + left) / 2), height),
+            ha="center",
+            va="top",
+            fontsize=7.5,
+            color=BLUE,
+            arrowprops={"arrowstyle": "-", "color": BLUE, "alpha": 0.4, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3},
+        )
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -305,6 +330,8 @@ def memory(data: Json) -> Figure | None:
     heights = {"height_ratios": [len(b) + 1 for b in bars]}
     panels = figure.subplots(len(chosen), 1, squeeze=False, gridspec_kw=heights)[:, 0]
     for axes, group, records in zip(panels, chosen, bars, strict=True):
+        subject = group["case"]["subject"].rpartition(":")[2]
+        of_network = "" if subject == _network(data) else f"{subject}: "
         places = range(len(records))
         is_ours = [c["label"] == OURS for c in records]
         peaks, saved = [c["peak_bytes"] / 1e6 for c in records], [(c["saved_bytes"] or 0) / 1e6 for c in records]
@@ -321,7 +348,7 @@ def memory(data: Json) -> Figure | None:
         axes.set_yticks(list(places), [c["label"] for c in records], fontsize=8.5)
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, max(peaks) * 1.25)
-        axes.set_title(title_of(group["case"]), fontsize=9.5, loc="left")
+        axes.set_title(of_network + title_of(group["case"]), fontsize=9.5, loc="left")
         _bare(axes)
     panels[-1].set_xlabel(
         "MB: light, the most a run takes beyond weights and inputs; dark, what autograd keeps for the backward pass",

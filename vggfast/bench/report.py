@@ -72,12 +72,12 @@ def control(data: Json) -> Spread | None:
 
 
 def losses(data: Json) -> list[tuple[str, str, float]]:
-    """(group, rival, ratio) wherever a rival's median is below ours, the worst first. All groups count, not only README's rows."""
+    """(group, rival, ratio) wherever a rival is faster, or takes less, the worst first. All groups count, not only README's rows."""
     return sorted((each for each in comparisons(data) if each[2] < 1), key=lambda loss: loss[2])
 
 
 def comparisons(data: Json) -> list[tuple[str, str, float]]:
-    """(group, rival, the rival's median over ours), of times and of bytes, of all groups."""
+    """(group, rival, the rival's over ours), of times round by round and of bytes, of all groups."""
     found = []
     for each in data["groups"]:
         if _of_threads(each):  # rivals with fewer threads are no rivals
@@ -87,11 +87,12 @@ def comparisons(data: Json) -> list[tuple[str, str, float]]:
             record = contender(each, rival["label"])
             if not ours or not record or rival["label"].startswith(OURS):  # itself again, or in another form
                 continue
-            for field in ("seconds", "saved_bytes", "peak_bytes"):
+            if "rounds" in ours:
+                found.append((each["id"], rival["label"], ratios(record["rounds"], ours["rounds"]).median))
+            for field in ("saved_bytes", "peak_bytes"):
                 if ours.get(field) and record.get(field):
-                    mine, other = (r[field]["median"] if field == "seconds" else r[field] for r in (ours, record))
-                    what = each["id"] if field == "seconds" else f"{each['id']}, {field.replace('_bytes', '')}"
-                    found.append((what, rival["label"], other / mine))
+                    what = f"{each['id']}, {field.removesuffix('_bytes')}"
+                    found.append((what, rival["label"], record[field] / ours[field]))
     return found
 
 

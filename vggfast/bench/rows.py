@@ -10,6 +10,7 @@ from vggfast.bench.networks import BATCH_NORM, SMALL
 
 OURS = VGGFAST.name
 TORCH = "torch channels_last"
+TORCHS = (TORCH, "torch NCHW")  # its layouts
 
 
 @dataclass(frozen=True)
@@ -28,46 +29,38 @@ def layer_groups(task: str, batch: int, dtype: str) -> tuple[str, ...]:
     return tuple(f"{layer.name} {task} {dtype} batch {batch}" for layer in chosen)
 
 
-COMPILED = (TORCH, "torch.compile")
+COMPILED = (*TORCHS, "torch.compile")
 CPU_ROWS = [
     Row("inference, float32, batch 8", ("vgg16 inference fp32 batch 8",), (*COMPILED, "onnxruntime", "openvino")),
     Row("inference, float32, batch 8, against bfloat16", ("vgg16 inference fp32 batch 8",), ("openvino bf16",)),
     Row(
         "inference, float32, batch 1", ("vgg16 inference fp32 batch 1",), (*COMPILED, "onnxruntime", "openvino", "ncnn")
     ),
-    Row("inference, float32, batch 1, against float16 weights", ("vgg16 inference fp32 batch 1",), ("ncnn half",)),
+    Row(
+        "inference, float32, batch 1, against half precision",
+        ("vgg16 inference fp32 batch 1",),
+        ("ncnn half", "openvino bf16"),
+    ),
     Row("inference, bfloat16, batch 8", ("vgg16 inference bf16 batch 8",), (*COMPILED, "openvino")),
     Row("inference, bfloat16, batch 1", ("vgg16 inference bf16 batch 1",), (*COMPILED, "openvino", "ncnn half")),
-    Row("the 13 convolutions, float32, batch 1", layer_groups("forward", 1, "fp32"), (TORCH,)),
-    Row("the 13 convolutions, float32, batch 8", layer_groups("forward", 8, "fp32"), (TORCH,)),
-    Row("their input gradients, float32, batch 8", layer_groups("grad_input", 8, "fp32"), (TORCH,)),
-    Row("their filter gradients, float32, batch 8", layer_groups("grad_weight", 8, "fp32"), (TORCH,)),
-    Row("training step, float32, batch 8", ("vgg16 training fp32 batch 8",), (*COMPILED, "torch NCHW")),
+    Row("the 13 convolutions, float32, batch 1", layer_groups("forward", 1, "fp32"), TORCHS),
+    Row("the 13 convolutions, float32, batch 8", layer_groups("forward", 8, "fp32"), TORCHS),
+    Row("their input gradients, float32, batch 8", layer_groups("grad_input", 8, "fp32"), TORCHS),
+    Row("their filter gradients, float32, batch 8", layer_groups("grad_weight", 8, "fp32"), TORCHS),
+    Row("training step, float32, batch 8", ("vgg16 training fp32 batch 8",), COMPILED),
     Row("training step, bfloat16 autocast, batch 8", ("vgg16 training bf16 batch 8",), COMPILED),
-    Row(
-        "training step with BatchNorm, float32, batch 8",
-        (f"{BATCH_NORM} training fp32 batch 8",),
-        (*COMPILED, "torch NCHW"),
-    ),
-    Row(
-        "images of 32×32, inference, float32, batch 128",
-        (f"{SMALL} inference fp32 batch 128",),
-        (*COMPILED, "torch NCHW"),
-    ),
-    Row(
-        "images of 32×32, training step, float32, batch 128",
-        (f"{SMALL} training fp32 batch 128",),
-        (*COMPILED, "torch NCHW"),
-    ),
+    Row("training step with BatchNorm, float32, batch 8", (f"{BATCH_NORM} training fp32 batch 8",), COMPILED),
+    Row("images of 32×32, inference, float32, batch 128", (f"{SMALL} inference fp32 batch 128",), COMPILED),
+    Row("images of 32×32, training step, float32, batch 128", (f"{SMALL} training fp32 batch 128",), COMPILED),
     *[
         Row(
             f"LPIPS with its gradient, float32, batch {batch}",
             (f"vgg16 lpips fp32 batch {batch}",),
-            (*COMPILED, "torch NCHW", "lpips package"),
+            (*COMPILED, "lpips package"),
         )
         for batch in (1, 8)
     ],
-    Row("features and Gram matrices, float32, batch 8", ("vgg16 perceptual fp32 batch 8",), (*COMPILED, "torch NCHW")),
+    Row("features and Gram matrices, float32, batch 8", ("vgg16 perceptual fp32 batch 8",), COMPILED),
     Row(
         "saved activations, float32 training, batch 8",
         ("memory: vgg16 training fp32 batch 8",),
