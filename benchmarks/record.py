@@ -42,7 +42,13 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    chosen, begin = options(), time.monotonic()
+    try:
+        run(options(), time.monotonic())
+    except (BenchError, re.error) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(chosen: argparse.Namespace, begin: float) -> None:
     console = Console(width=None if Console().is_terminal else 160)
     against = chosen.against.split(",") if chosen.against else None
     for part in suites.PARTS if chosen.part == "all" else [chosen.part]:
@@ -59,6 +65,7 @@ def measure(groups: list[Group], chosen: argparse.Namespace, console: Console, d
     part = groups[0].part
     effort = (suites.QUICK if chosen.quick or chosen.quick_rounds else suites.FULL)[part]
     path = chosen.output / machine.slug(chosen.device) / f"{part}.json"
+    results.check_writable(path)
     done: list[Json] = []
     with tables.ProgressBar(console, len(groups)) as bar, Lab(chosen.threads, bar) as lab:
         key, run = results.new_run(chosen.device, chosen.threads, lab.ceilings(chosen.device))

@@ -90,6 +90,45 @@ def dies(case: Case, files: dict[str, str]) -> Runner:
     os._exit(7)
 
 
+def without_memory(case: Case, files: dict[str, str]) -> Runner:
+    """Right, and in whose process memory cannot be measured."""
+    runner = torch_runners.build(case, files)
+    run, done = runner.run, []
+
+    def counted(buffer: int) -> Any:
+        done.append(buffer)
+        if len(done) > 2:  # the check's
+            raise RuntimeError("no such counter")
+        return run(buffer)
+
+    runner.run = counted
+    return runner
+
+
+def _after(runs: int, end: Any) -> Any:
+    """Right so many times: to be checked takes two, to be planned for two more."""
+    done = []
+
+    def change(y: torch.Tensor) -> torch.Tensor:
+        done.append(y)
+        if len(done) > runs:
+            end()
+        return y
+
+    return change
+
+
+def fails_later(case: Case, files: dict[str, str]) -> Runner:
+    def end() -> None:
+        raise RuntimeError("no more")
+
+    return _layer(case, _after(5, end))
+
+
+def dies_later(case: Case, files: dict[str, str]) -> Runner:
+    return _layer(case, _after(5, lambda: os._exit(7)))
+
+
 SPIN_S = 0.3
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import vggfast
-from vggfast.bench import BenchError, cases, contenders, measure, memory, networks, stats, suites
+from vggfast.bench import BenchError, cases, contenders, measure, memory, networks, stats, suites, verdict
 from vggfast.bench.cases import Case
 from vggfast.bench.client import Worker
 from vggfast.bench.contenders import VGGFAST, Contender, find
@@ -268,11 +268,11 @@ def test_a_layers_gradients_may_have_twice_torchs_own_error_and_no_more(lab):
 def test_the_output_of_a_layer_has_a_fixed_bound():
     entry = Entry("x", VGGFAST, Case("conv1_1", "forward+backward", 8))
     errors = {"y": 5.1e-6, "grad of bias": 6e-6}
-    judged = measure.judge(entry, errors, {"grad of bias": 6.8e-6}, True)
+    judged = verdict.judge(entry, errors, {"grad of bias": 6.8e-6}, True)
     assert "relative error of y: expected at most 5.0e-06" in judged["refused"]
-    assert "refused" not in measure.judge(entry, {**errors, "y": 1e-6}, {"grad of bias": 6.8e-6}, True)
+    assert "refused" not in verdict.judge(entry, {**errors, "y": 1e-6}, {"grad of bias": 6.8e-6}, True)
     assert (
-        "1.4e-05" in measure.judge(entry, {**errors, "grad of bias": 2e-5}, {"grad of bias": 6.8e-6}, True)["refused"]
+        "1.4e-05" in verdict.judge(entry, {**errors, "grad of bias": 2e-5}, {"grad of bias": 6.8e-6}, True)["refused"]
     )
 
 
@@ -294,7 +294,7 @@ def test_bfloat16_training_may_have_twice_torchs_own_error(lab):
     case = dataclasses.replace(TINY, task="training", dtype="bf16")
     (record,) = lab.time(group_of(case, VGGFAST), ONCE)["contenders"]
     assert 1e-4 < record["error"] <= record["tolerance"] < 0.5
-    judged = measure.judge(Entry("x", VGGFAST, case), {"a": 0.05, "b": 0.01}, {"a": 0.03, "b": 0.004}, True)
+    judged = verdict.judge(Entry("x", VGGFAST, case), {"a": 0.05, "b": 0.01}, {"a": 0.03, "b": 0.004}, True)
     assert "relative error of b: expected at most 8.0e-03" in judged["refused"]
 
 
@@ -311,13 +311,13 @@ def test_gradients_that_are_zero_but_for_rounding_are_not_judged():
 
 def test_float32_on_a_gpu_is_judged_as_tf32():
     case = Case("conv3_2", "forward", 32, "fp32", "cuda")
-    assert "refused" not in measure.judge(Entry("x", VGGFAST, case), {"y": 4e-4}, {}, True)
-    assert "expected at most 6.3e-04" in measure.judge(Entry("x", VGGFAST, case), {"y": 7e-4}, {}, True)["refused"]
+    assert "refused" not in verdict.judge(Entry("x", VGGFAST, case), {"y": 4e-4}, {}, True)
+    assert "expected at most 6.3e-04" in verdict.judge(Entry("x", VGGFAST, case), {"y": 7e-4}, {}, True)["refused"]
     bits = torch.randn(1, 64, 12, 12), torch.randn(64, 64, 3, 3)
     rounded = [((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double() for t in bits]
     exact = torch.nn.functional.conv2d(*(t.double() for t in bits))
     error = (torch.nn.functional.conv2d(*rounded) - exact).norm() / exact.norm()
-    assert 1e-4 < error < measure.TOLERANCES["layer", "tf32"] / 2
+    assert 1e-4 < error < verdict.TOLERANCES["layer", "tf32"] / 2
 
 
 def test_a_process_that_dies_is_reported_with_its_status():

@@ -102,6 +102,23 @@ def test_bench_of_layers_and_an_unknown_rival(data, monkeypatch):
     assert "got onnxruntime" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "--memory"], "expected no --memory"),
+        (["--layers", "--model", "vgg19"], "expected no --model vgg19"),
+        (["--json", "."], "got a folder"),
+        (["--plot", "/dev/null"], "cannot be made"),
+        (["--against", ","], "got nothing"),
+    ],
+)
+def test_bench_says_what_is_wrong_before_it_measures(monkeypatch, options, message):
+    monkeypatch.setattr(session, "run", lambda *arguments: pytest.fail("measured"))
+    done = CliRunner().invoke(cli.app, ["bench", "--device", "cpu", *options])
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
 def test_bench_draws_any_network_and_says_where_there_is_nothing_to_draw(data, tmp_path, monkeypatch):
     for group in data["groups"]:
         group["id"] = group["id"].replace("vgg16", "vgg11")

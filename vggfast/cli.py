@@ -27,6 +27,7 @@ from vggfast.recipes import RecipeError
 from vggfast.recipes.config import MODELS, AmpName, ModelName, PresetName, TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that are ours
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(soft_wrap=True)
@@ -234,9 +235,7 @@ def bench(
             help="Rivals, with commas: torch, compile, onnxruntime, openvino, ncnn; on a GPU also cudagraph, cudnn, jax."
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, max=os.cpu_count(), help="CPU threads of every contender.")] = min(
-        2, os.cpu_count() or 1
-    ),
+    threads: Annotated[int, typer.Option(min=1, max=CORES, help="CPU threads of every contender.")] = min(2, CORES),
     layers: Annotated[bool, typer.Option("--layers", help="VGG16's convolutions one by one.")] = False,
     train: Annotated[bool, typer.Option("--train", help="A training step; with --layers the gradients too.")] = False,
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory and saved activations too.")] = False,

@@ -25,7 +25,7 @@ class Worker:
 
     def __init__(self, name: str, threads: int, environment: Mapping[str, str] = ALLOCATOR) -> None:
         self.name = name
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (lives as long as the process)
         extra = {"OMP_NUM_THREADS": str(threads), **environment}
         paths = [p for p in sys.path if p]
         if "" in sys.path:
@@ -93,6 +93,9 @@ class Worker:
             if state == "R":
                 return True
         return False
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
     def kill(self) -> None:
         """There is nothing to save, and giving gigabytes back in order takes seconds."""

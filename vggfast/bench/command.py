@@ -7,7 +7,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from vggfast.bench import plots, results, session, tables
+from vggfast.bench import BenchError, plots, results, session, tables
 from vggfast.bench.cases import LAYER_TASKS, Case, Task
 from vggfast.bench.layers import VGG16_LAYERS
 from vggfast.bench.measure import Effort, Group, compare
@@ -28,7 +28,10 @@ def chosen_groups(
     train: bool,
     memory: bool,
 ) -> list[tuple[Group, Effort]]:
-    """What the options ask for; raises BenchError for a rival that does not exist."""
+    """What the options ask for; raises BenchError for a rival that does not exist, and for options that exclude each other."""
+    if layers and (memory or model != "vgg16"):
+        wrong = "--memory" if memory else f"--model {model}"
+        raise BenchError(f"--layers times VGG16's convolutions one by one: expected no {wrong}; leave one of them out")
     if layers:
         tasks: tuple[Task, ...] = LAYER_TASKS if train else ("forward",)
         cases = [
@@ -47,6 +50,10 @@ def bench(
     groups: list[tuple[Group, Effort]], threads: int, console: Console, json: Path | None, plot: Path | None
 ) -> Json:
     """Measure, show, and write what was asked for. Exit statuses are the caller's."""
+    if json:
+        results.check_writable(json)
+    if plot:
+        results.check_writable(plot / "networks.png")
     with tables.ProgressBar(console, len(groups)) as bar:
         data = session.run(groups, threads, bar, lambda _: bar.done())
     for table in tables.tables(data["groups"]):

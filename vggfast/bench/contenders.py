@@ -186,7 +186,7 @@ def rivals(case: Case, against: list[str] | None = None) -> list[Contender]:
     if unknown or (against and not set(against) & set(suited)):
         raise BenchError(
             f"against: expected some of {', '.join(suited)} for {case.id} on {case.device}, "
-            f"got {', '.join(sorted(unknown or against or []))}"
+            f"got {', '.join(sorted(unknown or against or [])) or 'nothing'}"
         )
     return [
         contender

@@ -13,11 +13,12 @@ from types import TracebackType
 from typing import Any
 
 from vggfast.bench import BenchError, memory, runtimes
-from vggfast.bench.cases import LOSSES, Case
+from vggfast.bench.cases import Case
 from vggfast.bench.client import Worker, available_bytes
 from vggfast.bench.contenders import ALLOCATOR, VGGFAST, Contender, find, rivals
 from vggfast.bench.machine import Activity
 from vggfast.bench.stats import spread
+from vggfast.bench.verdict import judge
 
 Record = dict[str, Any]  # what the results' JSON holds of a contender or of a group
 CONTROL = "vggfast again"  # the A/A control: the ratio of equals, and its spread, is what a ratio can be trusted to
@@ -204,9 +205,16 @@ class Lab:
         """Check every contender of the group, time those that are right. The result is a group of the JSON: see ``results``."""
         with ExitStack() as stack:
             ready, records = self._set_up(group, stack, ALLOCATOR)
-            samples: dict[str, list[list[float]]] = {entry.label: [] for entry, _ in ready}
             self._end_helper()
-            activity = self._rounds(group, effort, ready, samples) if ready else None
+            samples: dict[str, list[list[float]]] = {}
+            activity = None
+            while ready and activity is None:
+                samples = {entry.label: [] for entry, _ in ready}
+                try:
+                    activity = self._rounds(group, effort, ready, samples)
+                except _Failed as failed:  # the rounds of the others begin anew, so that all have the same
+                    records[failed.entry.label]["failed"] = str(failed)
+                    ready = self._without(failed.entry, ready, records)
         for entry, _ in ready:
             records[entry.label] |= _timing(entry.case, samples[entry.label], self.ceilings(entry.case.device))
         return {
@@ -225,7 +233,11 @@ class Lab:
                 records |= record
                 self._end_helper()
                 for _, worker in ready:
-                    records[entry.label] |= worker.ask("measure_memory", key=entry.label, case=entry.case.to_dict())
+                    try:
+                        found = worker.ask("measure_memory", key=entry.label, case=entry.case.to_dict())
+                    except BenchError as error:
+                        found = {"failed": str(error)}
+                    records[entry.label] |= found
         return {"id": group.id, "case": group.case.to_dict(), "contenders": list(records.values()), "activity": None}
 
     def _set_up(
@@ -266,16 +278,25 @@ class Lab:
                 record |= self._check(entry, worker)
             except BenchError as error:
                 record["failed"] = str(error)
-                if entry.case.device == "cuda" and worker is self._torch:
-                    # A kernel that failed may have left the GPU unusable to its process, and took along who was ready there.
-                    self.end_torch()
-                    for other, _ in (lost := [pair for pair in ready if pair[1] is worker]):
-                        records[other.label]["failed"] = f"{entry.label} failed in the same process"
-                    ready = [pair for pair in ready if pair not in lost]
+                ready = self._without(entry, [*ready, (entry, worker)], records)
             if not record.keys() & {"failed", "refused"}:
                 worker.settle()
                 ready.append((entry, worker))
         return ready, records
+
+    def _without(
+        self, failed: Entry, ready: list[tuple[Entry, Worker]], records: dict[str, Record]
+    ) -> list[tuple[Entry, Worker]]:
+        """Who can still be timed. A process that has ended took along who was ready in it; so did one whose kernel failed on a
+        GPU, which may be unusable to it from then on."""
+        worker = next(worker for entry, worker in ready if entry is failed)
+        left = [pair for pair in ready if pair[0] is not failed]
+        if worker is not self._torch or not (failed.case.device == "cuda" or worker.ended()):
+            return left
+        self.end_torch()
+        for other in (entry for entry, owner in left if owner is worker):
+            records[other.label]["failed"] = f"{failed.label} failed in the same process"
+        return [pair for pair in left if pair[1] is not worker]
 
     def end_torch(self) -> None:
         """End the process that contenders share: after a failure on a GPU the next group gets a new one."""
@@ -299,7 +320,7 @@ class Lab:
     ) -> Record:
         plan, round_s = {}, 0.0
         for entry, worker in ready:
-            once = worker.ask("time", key=entry.label, warmup=1, times=1, start=0)["seconds"][0]
+            once = _seconds(entry, worker, warmup=1, times=1, start=0)[0]
             times = max(1, min(50 if group.case.device == "cpu" else 10, round(effort.turn_s / once)))
             # A contender in its own process finds cold caches and sleeping threads, which cost a long run nothing.
             warmup = 1 if once < 0.5 and not entry.case.layer else 0
@@ -314,46 +335,28 @@ class Lab:
             for entry, worker in order.sample(ready, len(ready)):
                 warmup, times = plan[entry.label]
                 with activity.turn(worker):
-                    reply = worker.ask("time", key=entry.label, warmup=warmup, times=times, start=i)
+                    measured = _seconds(entry, worker, warmup=warmup, times=times, start=i)
                     if len(ready) > 1 and not _shared(entry):
                         worker.settle()  # the next has the cores for itself
-                samples[entry.label].append(reply["seconds"])
+                samples[entry.label].append(measured)
         self.listener.round(group, rounds, rounds)
         return activity.summary()
 
 
-def judge(entry: Entry, errors: dict[str, float], own_errors: dict[str, float], follows_input: bool) -> Record:
-    """The record of a check: the error nearest its limit, and ``refused`` with the reason if the contender must not be timed."""
-    case = entry.case
-    kind = "layer" if case.layer else "gradients" if case.task in ("training", *LOSSES) else "network"
-    fixed = TOLERANCES.get((kind, case.products), 0.0)
-    limits = {name: max(fixed, 2 * own_errors.get(name, 0.0)) for name in errors}
-    worst = max(errors, key=lambda name: errors[name] / limits[name])
-    error, limit = errors[worst], limits[worst]
-    record: Record = {"error": error, "error_of": worst, "tolerance": limit}
-    if not error <= limit:
-        record["refused"] = f"relative error of {worst}: expected at most {limit:.1e} against float64, got {error:.2e}"
-    elif not follows_input:
-        record["refused"] = "expected other outputs for other inputs, got the same: it does not calculate"
-    return record
+class _Failed(BenchError):
+    """A contender that was right and failed while it was timed."""
+
+    def __init__(self, entry: Entry, why: BenchError) -> None:
+        super().__init__(str(why))
+        self.entry = entry
 
 
-# A layer in float32 may use Winograd's 5e-6; a network adds up its layers. A network's gradients: an activation within rounding of
-# zero opens its ReLU in one computation and not in the other, and a tie within rounding sends a pool's gradient elsewhere; one of
-# these can be 1e-2 of a bias's gradient. In bfloat16 that is so frequent that a gradient may have twice the error that torch's own
-# autocast has. A layer's gradients are checked where no such decision is near: to this, or to twice torch's own error where that is
-# larger, as of conv1_1's filters and bias, which torch adds up over 400,000 pixels in float32.
-# TF32 has three bits more than bfloat16.
-TOLERANCES = {
-    ("layer", "fp32"): 5e-6,
-    ("layer", "bf16"): 5e-3,
-    ("layer", "tf32"): 5e-3 / 8,
-    ("network", "fp32"): 5e-5,
-    ("network", "bf16"): 5e-2,
-    ("network", "tf32"): 5e-2 / 8,
-    ("gradients", "fp32"): 5e-2,
-    ("gradients", "tf32"): 5e-2,
-}
+def _seconds(entry: Entry, worker: Worker, **turn: int) -> list[float]:
+    try:
+        seconds: list[float] = worker.ask("time", key=entry.label, **turn)["seconds"]
+    except BenchError as error:
+        raise _Failed(entry, error) from error
+    return seconds
 
 
 def _shared(entry: Entry) -> bool:

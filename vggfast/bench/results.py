@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Iterable
 from datetime import datetime, timezone
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -65,25 +67,52 @@ def merge(old: Json, key: str, run: Json, groups: Iterable[Json]) -> Json:
 def load(path: Path) -> Json:
     """Raises BenchError for a file that is not a result of this schema."""
     try:
-        data: Json = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        data: Json = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise BenchError(f"{path}: expected a file of results, got {error}") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise BenchError(
             f'{path}: expected "schema": {SCHEMA}, got {data.get("schema") if isinstance(data, dict) else data!r}'
         )
+    if not all(isinstance(data.get(name), kind) for name, kind in (("device", dict), ("runs", dict), ("groups", list))):
+        raise BenchError(f"{path}: expected device, runs and groups, got {', '.join(data)}")
+    if lost := sorted({group["run"] for group in data["groups"]} - set(data["runs"])):
+        raise BenchError(f"{path}: expected the runs of all groups, got none of {', '.join(lost)}")
     return data
 
 
 def save(data: Json, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(data), indent=1, ensure_ascii=False) + "\n")
+    """Write ``data`` as the whole new file; what was there stays where that fails. Raises BenchError where it cannot be written."""
+    text = json.dumps(_rounded(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    check_writable(path)
+    device = path.exists() and not path.is_file()  # as /dev/stdout, which a file must not replace
+    temporary = path if device else path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        if not device:
+            temporary.replace(path)
+    except OSError as error:
+        if not device:
+            temporary.unlink(missing_ok=True)
+        raise BenchError(f"{path}: cannot be written ({error.strerror}); choose another file") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raises BenchError where a file of results cannot be: to be asked before minutes of measuring. Makes the folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(f"{path}: its folder cannot be made ({error.strerror}); choose another file") from error
+    if path.is_dir():
+        raise BenchError(f"{path}: expected a file to write results to, got a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise BenchError(f"{path.parent}: expected a folder that can be written to; choose another file")
 
 
 def _rounded(value: Any) -> Any:
-    """Five significant digits: more is noise, and makes the files twice as large."""
+    """Five significant digits: more is noise, and makes the files twice as large. JSON has no infinity, which an error can be."""
     if isinstance(value, float):
-        return float(f"{value:.5g}")
+        return float(f"{value:.5g}") if isfinite(value) else None
     if isinstance(value, dict):
         return {key: _rounded(each) for key, each in value.items()}
     return [_rounded(each) for each in value] if isinstance(value, list) else value
