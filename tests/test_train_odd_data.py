@@ -12,6 +12,7 @@ from test_train import StopAt, tiny_model
 from test_train_images import load_folder, write_images
 
 from vggfast.recipes import RecipeError, pictures
+from vggfast.recipes import data as datasets
 from vggfast.recipes.config import TrainConfig
 from vggfast.recipes.curve import printable
 from vggfast.recipes.train import fit
@@ -46,6 +47,21 @@ def test_an_image_that_cannot_be_transformed_is_skipped_and_named(tmp_path, monk
     monkeypatch.setattr(images._train, "transform", short_of_memory)
     assert sum(len(labels) for _, labels in images.train_batches(0)) == 5
     assert images.unreadable == {str(tmp_path / "train/cat/0.png"): "MemoryError"}
+
+
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
+    write_images(tmp_path, {"train/cat": 2, "train/dog": 2, "val/cat": 1, "val/dog": 1})
+    os.mkfifo(tmp_path / "train/cat/pipe.png")
+    images = load_folder(tmp_path)
+    assert sum(len(labels) for _, labels in images.train_batches(0)) == 4
+    (name,) = images.unreadable
+    assert name.endswith("pipe.png")
+    assert "no regular file" in images.unreadable[name]
+    with pytest.raises(pictures.Unreadable, match="no regular file"):
+        pictures.read(tmp_path / "train/cat/pipe.png")
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(RecipeError, match=r"x\.tar is no file"):
+        datasets.load(str(tmp_path / "x.tar"), size=32, batch_size=4, seed=0)
 
 
 def test_greys_of_16_bits_keep_their_upper_8(tmp_path):

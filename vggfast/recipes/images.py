@@ -43,7 +43,7 @@ class PathFile:
         return self.path
 
     def read(self) -> bytes:
-        return Path(self.path).read_bytes()
+        return pictures.content(self.path)
 
 
 @dataclass

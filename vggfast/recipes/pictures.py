@@ -61,12 +61,19 @@ def reason(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def content(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file; OSError for what is none, as a pipe, which would be waited for."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("it is a folder" if os.path.isdir(path) else "it is no regular file, but a pipe or a device")
+    return Path(path).read_bytes()
+
+
 def read(path: str | os.PathLike[str]) -> Any:
     """The image in a file, as `decode` gives it. Raises Unreadable where the file is missing, damaged or no image."""
-    if not os.path.isfile(path):
+    if not os.path.exists(path) or os.path.isdir(path):
         what = "is a folder; expected an image file" if os.path.isdir(path) else "does not exist"
         raise Unreadable(f"{path} {what}")
-    return read_bytes(os.fspath(path), lambda: Path(path).read_bytes())
+    return read_bytes(os.fspath(path), lambda: content(path))
 
 
 def read_bytes(name: str, content: Callable[[], bytes]) -> Any:

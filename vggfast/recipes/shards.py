@@ -44,12 +44,12 @@ def is_shards(data: str) -> bool:
 
 def find(data: str) -> list[Path]:
     """The shards that `data` names, in order; RecipeError for one that is not there."""
-    if not data.endswith(".tar"):
-        return sorted(Path(data).glob("*.tar"))
-    shards = [Path(name) for name in expand(data)]
+    named = data.endswith(".tar")
+    shards = [Path(name) for name in expand(data)] if named else sorted(Path(data).glob("*.tar"))
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
-        raise RecipeError(f"{data}: expected {len(shards)} shards, {missing[0]} is not there. Check the path")
+        what = "is no file" if missing[0].exists() else "is not there"
+        raise RecipeError(f"{data}: expected {len(shards)} shards, {missing[0]} {what}. Check the path")
     return shards
 
 
