@@ -69,6 +69,11 @@ def test_the_papers_recipe_is_the_papers_and_that_of_folders_and_shards():
         ({"ema": 1.0}, "ema: expected a number >= 0 and < 1, got 1.0"),
         ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
         ({"threads": 99_999}, "threads: expected at most 1024, got 99999"),
+        ({"batch_size": 2.5}, "batch_size: expected a whole number, got 2.5"),
+        ({"preset": "modern", "scale": "256"}, "scale: only the paper's recipe for folders and shards crops from it"),
+        ({"warm_start": ""}, "warm_start: expected a name or a path, got nothing; leave it out"),
+        ({"weights": " "}, "weights: expected a name or a path, got nothing"),
+        ({"val": ""}, "val: expected a name or a path, got nothing"),
         ({"preset": "old"}, "recipe: expected one of paper, modern, got 'old'"),
     ],
 )
@@ -76,6 +81,11 @@ def test_bad_settings_are_reported(settings, message):
     with pytest.raises(RecipeError) as caught:
         TrainConfig.recipe("photos", **settings)
     assert str(caught.value).startswith(message)
+
+
+def test_a_scale_that_digits_do_not_have_is_refused():
+    with pytest.raises(RecipeError, match="got '256' with images that are changed as in 'shift'; leave it out"):
+        TrainConfig.recipe("digits", scale="256")
 
 
 def test_the_learning_rate_is_divided_by_10_three_times_when_accuracy_stalls():

@@ -94,7 +94,17 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     while any(key.startswith(_PREFIXES) for key in state):  # one within the other, in either order
         for prefix in _PREFIXES:
             nn.modules.utils.consume_prefix_in_state_dict_if_present(state, prefix)
+    odd = [key for key, value in state.items() if not _is_plain(value)]
+    if odd:  # what reads them later would fail each in its own way, some with half of a model loaded
+        raise RuntimeError(
+            f"{path}: expected dense tensors of real numbers, got sparse, quantised or complex ones, or ones without data: "
+            f"{', '.join(odd[:4])}{', …' if odd[4:] else ''}"
+        )
     return state
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.layout == torch.strided and not (value.is_quantized or value.is_complex() or value.is_meta)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

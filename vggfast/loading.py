@@ -15,6 +15,8 @@ from vggfast.preprocessing import CAFFE, IMAGENET_MEAN, IMAGENET_STD, Normalisat
 from vggfast.weight_layouts import Architecture, architecture, recognise, to_torchvision
 from vggfast.weights import VGG16_Weights, WeightsEnum, WeightsSpec, locate, resolve
 
+MOST_PIXELS = 1 << 13
+
 
 @dataclass
 class LoadedModel:
@@ -120,20 +122,32 @@ def _about(spec: Any, path: Path, layout: str, found: Architecture) -> dict[str,
     classes, said = metadata.get("classes"), metadata.get("preprocessing")
     named = isinstance(classes, list) and len(classes) == found.num_classes and all(isinstance(c, str) for c in classes)
     said = said if isinstance(said, dict) else {}
-    known = all(_numbers(said.get(key), found.in_channels) for key in ("mean", "std"))
+    known = all(_numbers(said.get(key), found.in_channels) for key in ("mean", "std")) and 0 not in said["std"]
     default = CAFFE if layout == "keras" else Normalisation()
-    size, scale = (value if type(value) is int else None for value in (said.get("size"), said.get("scale")))
+    size, scale = (said.get(key) for key in ("size", "scale"))
     return {
         "classes": classes if named else None,
         "normalisation": Normalisation.from_dict(said) if known else default,
         "normalisation_known": known or layout == "keras",
-        "size": size,
-        "scale": scale,
+        "size": size if _is_length(size) else None,
+        "scale": scale if _is_length(scale) else None,
     }
 
 
+def _is_length(value: Any) -> bool:
+    """Of an image's edge, in pixels, that a VGG can have been trained on."""
+    return type(value) is int and 0 < value <= MOST_PIXELS
+
+
 def _numbers(value: Any, count: int) -> bool:
-    return isinstance(value, list) and len(value) == count and all(isinstance(n, (int, float)) for n in value)
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(
+            isinstance(n, (int, float)) and abs(n) < 1e6  # no NaN either
+            for n in value
+        )
+    )
 
 
 def save_weights(

@@ -83,7 +83,8 @@ def _rename(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, 
 
 
 def _from_keras(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    convolutions = sorted({tuple(map(int, match.groups()[:2])) for match in map(_KERAS_CONV.fullmatch, state) if match})
+    matches = (match for match in map(_KERAS_CONV.fullmatch, state) if match and match[3] == "kernel")
+    convolutions = sorted(tuple(map(int, match.groups()[:2])) for match in matches)
     renamed: dict[str, Tensor] = {}
     index, channels = 0, 0
     for position, (block, number) in enumerate(convolutions):
@@ -114,8 +115,8 @@ def _copy_bias(state: Mapping[str, Tensor], old: str, renamed: dict[str, Tensor]
 
 def _hwc_to_chw(kernel: Tensor, channels: int) -> Tensor:
     """The first dense kernel [H * W * C, out], after Keras's flattening of [H, W, C], as [out, C * H * W]."""
-    grid = round((kernel.shape[0] / channels) ** 0.5)
-    if grid * grid * channels != kernel.shape[0]:
+    grid = round((kernel.shape[0] / max(channels, 1)) ** 0.5)
+    if kernel.ndim != 2 or not channels or grid * grid * channels != kernel.shape[0]:
         raise RuntimeError(f"fc1: expected a kernel of {channels} channels by a square, got {list(kernel.shape)}")
     return kernel.view(grid, grid, channels, -1).permute(3, 2, 0, 1).flatten(1)
 
@@ -167,7 +168,11 @@ def architecture(state: Mapping[str, Tensor]) -> Architecture:
     cfg: list[int | str | tuple[int, int]] = []
     indices = sorted(weights)
     for index, after in zip(indices, [*indices[1:], None], strict=True):
-        width, _, kernel, _ = weights[index].shape
+        width, _, kernel, columns = weights[index].shape
+        if kernel != columns or not weights[index].numel():
+            raise ValueError(
+                f"features.{index}.weight: expected filters [C_out, C_in, k, k], got {list(weights[index].shape)}"
+            )
         cfg.append(width if kernel == 3 else (width, kernel))
         between = 1 if after is None else after - index - (3 if batch_norm else 2)
         if between not in (0, 1, 2):
@@ -185,6 +190,9 @@ def _classifier(state: Mapping[str, Tensor], channels: int) -> tuple[tuple[int, 
     first, second, last = (state.get(f"{name}.weight") for name in CLASSIFIER)
     if first is None or second is None or last is None:
         raise ValueError(f"classifier: expected fully connected layers at {', '.join(CLASSIFIER)}.\n{_unknown(state)}")
+    for name, weight in zip(CLASSIFIER, (first, second, last), strict=True):
+        if weight.ndim != 2 or not weight.numel():
+            raise ValueError(f"{name}.weight: expected a matrix [outputs, inputs], got {list(weight.shape)}")
     grid = round((first.shape[1] / channels) ** 0.5)
     if grid * grid * channels != first.shape[1]:
         raise ValueError(

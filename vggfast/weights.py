@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from vggfast.checkpoint_files import SUFFIXES, fetch, read_state_dict
@@ -267,9 +266,6 @@ def load_weights(model: nn.Module, weights: WeightsSpec, progress: bool = True, 
         report = "".join(f"\n  {title} ({len(items)}): {_shorten(items)}" for title, items in lists if items)
         advice = _advice(own, state, shapes, headless)
         raise RuntimeError(f"{weights} does not fit {type(model).__name__}:{report}\n{advice}")
-    odd = [key for key, value in state.items() if value.layout != torch.strided or value.is_quantized]
-    if odd:  # which load_state_dict would find out with half of the entries copied
-        raise RuntimeError(f"{weights}: expected dense tensors, got sparse or quantised ones: {_shorten(odd)}")
     model.load_state_dict(state, strict=False)
 
 
@@ -286,7 +282,7 @@ def _as_in(own: Mapping[str, Tensor], state: dict[str, Tensor], adapt: bool) -> 
     if not adapt:
         return state
     first, last = "features.0.weight", "head.fc" if layout == "timm" else "classifier.6"
-    if first in own and first in state:
+    if first in own and first in state and state[first].ndim == 4 and state[first].shape[1]:
         state[first] = adapt_in_channels(state[first], own[first].shape[1])
     last_keys = [key for key in (f"{last}.weight", f"{last}.bias") if key in own and key in state]
     if any(own[key].shape[0] != state[key].shape[0] for key in last_keys):

@@ -1,7 +1,6 @@
 """Files that are either the old version or the new one, never half of one; and checkpoints written that way."""
 
 import os
-import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -87,9 +86,9 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
         if damaged is not None:
             raise zipfile.BadZipFile(f"CRC mismatch in {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except Exception as error:  # zip and pickle readers raise a dozen types on damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise RecipeError(
             f"{path} cannot be read as a checkpoint ({reason}): it is damaged or not a checkpoint. Restore it from a "
@@ -102,6 +101,21 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
             "Start again with --overwrite"
         )
     return state
+
+
+@contextmanager
+def as_expected(path: Path) -> Iterator[None]:
+    """RecipeError where what was read from the checkpoint `path` has other types or names inside than this program's."""
+    try:
+        yield
+    except (RecipeError, MemoryError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a setting or an optimiser's state of another form leads to
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RecipeError(
+            f"{path} holds other things than a checkpoint of this program ({type(error).__name__}: {reason}): it was "
+            "changed, or written by another version. Restore it from a copy, or start again with --overwrite"
+        ) from error
 
 
 def load_weights_into(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

@@ -125,6 +125,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
             value = getattr(self, name)
+            if isinstance(value, float):
+                raise RecipeError(f"{name}: expected a whole number, got {value}")
             if value is not None and value < least:
                 raise RecipeError(f"{name}: expected at least {least}, got {value}")
         if self.threads is not None and self.threads > MOST_THREADS:
@@ -149,7 +151,15 @@ class TrainConfig:
             raise RecipeError(
                 "weights, warm_start: expected one of them: either a whole network's weights, or some of vgg11's"
             )
+        for name in ("data", "val", "weights", "warm_start"):
+            if (text := getattr(self, name)) is not None and not text.strip():
+                raise RecipeError(f"{name}: expected a name or a path, got nothing; leave it out")
         _ = self.scale_range  # raises
+        if self.scale is not None and self.augment != "paper":
+            raise RecipeError(
+                f"scale: only the paper's recipe for folders and shards crops from it, got {self.scale!r} with images that "
+                f"are changed as in {self.augment!r}; leave it out"
+            )
 
     @property
     def scale_range(self) -> tuple[int, int]:
@@ -191,5 +201,7 @@ class TrainConfig:
 
         Raises RecipeError where there is no readable checkpoint.
         """
-        saved = checkpoint.load(Path(output) / "checkpoint.pt", mmap=True)["config"]
-        return cls(**{**saved, "output": output, **settings})
+        path = Path(output) / "checkpoint.pt"
+        saved = checkpoint.load(path, mmap=True)["config"]
+        with checkpoint.as_expected(path):
+            return cls(**{**saved, "output": output, **settings})

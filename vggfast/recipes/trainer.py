@@ -282,6 +282,10 @@ class Trainer:
         Raises RecipeError where it is damaged or of another run.
         """
         state = checkpoint.load(path)
+        with checkpoint.as_expected(path):
+            self._restore(path, state)
+
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
         mine = dataclasses.asdict(self.config)
         for name in sorted(mine.keys() - FREE_SETTINGS):
             if mine[name] != state["config"].get(name):
@@ -303,7 +307,9 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.step = state["progress"]["epoch"], state["progress"]["step"]
+        self.epoch, self.step = (int(state["progress"][what]) for what in ("epoch", "step"))
+        if not (0 <= self.epoch <= self.config.epochs and self.step >= 0):
+            raise ValueError(f"epoch {self.epoch} of {self.config.epochs}, step {self.step}")
         sums = state["progress"]["sums"]
         if len(sums) == self.processes.world:
             self.sums.copy_(sums[self.processes.rank])  # exactly what this process had
