@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -125,6 +126,15 @@ def test_which_images_of_a_folder(folder, tmp_path):
         find(str(tmp_path / "empty"))
     with pytest.raises(RecipeError, match="no data folder"):
         find(str(tmp_path / "nowhere"))
+
+
+def test_a_class_called_test_is_a_class(folder, tmp_path):
+    root = tmp_path / "classes"
+    shutil.copytree(next(path for path in folder.iterdir() if path.is_dir()), root / "control")
+    shutil.copytree(root / "control", root / "test")
+    assert find(str(root)).classes == ["control", "test"]
+    shutil.copytree(folder, root / "val")  # of its own classes: the held-out part
+    assert find(str(root)).name == str(root / "val")
 
 
 def test_held_out_images_are_those_of_the_training(folder):

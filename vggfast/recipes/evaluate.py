@@ -1,5 +1,6 @@
 """Top-1 and top-5 accuracy on labelled images, by the paper's protocols: `python -m vggfast evaluate`, in Python."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +69,7 @@ def find(data: str, *, size: int = 224, limit: int | None = None, held_out: bool
         own = loaded.normalisation
         return Labelled(f"{data}, held out", loaded.classes, _limited(samples, limit), own is None, own)
     root = Path(data)
-    part = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
+    part = next((root / name for name in ("val", "test") if _holds_classes(root / name)), root)
     classes, samples = _from_shards(str(part)) if shards.is_shards(str(part)) else _from_folders(part)
     name = str(part)
     if held_out and part == root:
@@ -77,6 +78,17 @@ def find(data: str, *, size: int = 224, limit: int | None = None, held_out: bool
         samples = [samples[index] for index in chosen.tolist()]
         name += ", held-out fifth"
     return Labelled(name, classes, _limited(samples, limit))
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Whether this is a part of the data, with a folder for each class or with shards, and not a class of that name."""
+    if not folder.is_dir():
+        return False
+    if shards.is_shards(str(folder)) or (folder.parent / "train").is_dir():
+        return True
+    entries = list(os.scandir(folder))
+    images = any(entry.name.lower().endswith(pictures.SUFFIXES) and entry.is_file() for entry in entries)
+    return not images and any(entry.is_dir() for entry in entries)
 
 
 def _from_folders(root: Path) -> tuple[list[str], list[Sample]]:
