@@ -52,6 +52,19 @@ def assert_one_message(result: Result, *parts: str) -> None:
         assert part in result.stderr
 
 
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["explain", "vgg11", "--size", "32"]])
+def test_a_full_disk_and_a_reader_that_left_are_no_tracebacks(arguments):
+    command = [sys.executable, "-m", "vggfast", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    done = subprocess.run(command, cwd=ROOT, stdout=ours, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(ours)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_importing_the_library_leaves_the_recipes_and_their_packages_alone():
     heavy = ["typer", "rich", "matplotlib", "sklearn", "vggfast.recipes", "vggfast.cli"]
     script = f"import sys, vggfast; print([name for name in {heavy} if name in sys.modules])"

@@ -1,5 +1,6 @@
 """The command line, `python -m vggfast` or `vggfast`: info, explain, bench, train, evaluate, predict. Thin: options in, the library's answer out."""
 
+import errno
 import io
 import json
 import os
@@ -28,6 +29,7 @@ from vggfast.recipes.config import MODELS, AmpName, ModelName, PresetName, Train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that are ours
+NO_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(soft_wrap=True)
@@ -38,7 +40,20 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path's bytes that are no UTF-8 are shown as \\udce9
-    app(prog_name="vggfast")
+    try:
+        try:
+            app(prog_name="vggfast")
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in NO_OUTPUT:
+            raise
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what is still buffered would fail again at the end
+        if not isinstance(error, BrokenPipeError):  # who reads no further wants no message
+            typer.echo(f"error: the output cannot be written: {error.strerror}", err=True)
+        sys.exit(1)
 
 
 @contextmanager
