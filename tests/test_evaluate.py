@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_vgg import narrow_vgg
 from test_cli import assert_one_message, run
 from torch import nn
@@ -126,6 +127,15 @@ def test_which_images_of_a_folder(folder, tmp_path):
         find(str(tmp_path / "empty"))
     with pytest.raises(RecipeError, match="no data folder"):
         find(str(tmp_path / "nowhere"))
+
+
+def test_the_folder_of_a_run_is_its_weights_or_while_there_are_none_its_checkpoint(tmp_path):
+    with pytest.raises(RecipeError, match=r"model\.safetensors does not exist"):
+        open_model(tmp_path)
+    torch.save({"model": narrow_vgg(num_classes=2).state_dict()}, tmp_path / "checkpoint.pt")
+    assert open_model(tmp_path).num_classes == 2
+    save_file(narrow_vgg(num_classes=3).state_dict(), tmp_path / "model.safetensors")
+    assert open_model(tmp_path).num_classes == 3
 
 
 def test_a_class_called_test_is_a_class(folder, tmp_path):

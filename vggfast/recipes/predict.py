@@ -49,7 +49,8 @@ def open_model(weights: str | os.PathLike[str], preprocessing: str | None = None
     """
     spec = os.fspath(weights)
     if os.path.isdir(spec):
-        spec = os.path.join(spec, "model.safetensors")
+        there = (name for name in ("model.safetensors", "checkpoint.pt") if os.path.exists(os.path.join(spec, name)))
+        spec = os.path.join(spec, next(there, "model.safetensors"))  # the weights come when the run ends
     elif spec in MODELS and not os.path.exists(spec):
         spec = f"{spec.upper()}_Weights.DEFAULT"
     try:
