@@ -168,10 +168,10 @@ def test_rivals_by_case():
 def test_a_comparison_has_its_control_and_half_precision_beside_float32():
     labels = [entry.label for entry in measure.compare("inference", Case("vgg16", "inference", 1)).entries]
     assert labels[:2] == ["vggfast", "vggfast again"]
-    assert labels[-2:] == ["openvino bf16", "ncnn half"]
+    assert labels[-3:] == ["openvino bf16", "ncnn half", "ncnn bf16"]
     quick = measure.compare("inference", Case("vgg16", "inference", 1), full=False).entries
     assert [e.label for e in quick] == labels  # nobody is hidden
-    assert {e.label: e.left_out for e in quick if e.left_out}.keys() == {"ncnn", "ncnn half"}
+    assert {e.label: e.left_out for e in quick if e.left_out}.keys() == {"ncnn", "ncnn half", "ncnn bf16"}
     assert measure.CONTROL not in [e.label for e in measure.compare("memory", Case("vgg16", "training", 1)).entries]
 
 

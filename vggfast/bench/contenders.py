@@ -161,6 +161,18 @@ CONTENDERS = [
         batches=(1,),
         slow="the conversion takes half a minute",
     ),
+    Contender(
+        "ncnn bf16",
+        "ncnn",
+        f"{_RUNTIMES}:build_ncnn",
+        {"bfloat16": True},
+        packages=("ncnn", "pnnx"),
+        tasks=("inference",),
+        dtypes=("bf16",),
+        devices=("cpu",),
+        batches=(1,),
+        slow="the conversion takes half a minute",
+    ),
 ]
 
 

@@ -82,7 +82,7 @@ def compare(part: str, case: Case, against: list[str] | None = None, full: bool 
     entries += [entry(rival.name, rival, case) for rival in rivals(case, against)]
     if part != "memory" and case.task == "inference" and case.dtype == "fp32":
         half = case.with_dtype("bf16")
-        extra = {"openvino": "openvino bf16", "ncnn half": "ncnn half"}
+        extra = {"openvino": "openvino bf16", "ncnn half": "ncnn half", "ncnn bf16": "ncnn bf16"}
         entries += [entry(extra[r.name], r, half) for r in rivals(half, against) if r.name in extra]
     return Group(part, case, tuple(entries))
 

@@ -39,10 +39,14 @@ CPU_ROWS = [
     Row(
         "inference, float32, batch 1, against half precision",
         ("vgg16 inference fp32 batch 1",),
-        ("ncnn half", "openvino bf16"),
+        ("ncnn half", "ncnn bf16", "openvino bf16"),
     ),
     Row("inference, bfloat16, batch 8", ("vgg16 inference bf16 batch 8",), (*COMPILED, "openvino")),
-    Row("inference, bfloat16, batch 1", ("vgg16 inference bf16 batch 1",), (*COMPILED, "openvino", "ncnn half")),
+    Row(
+        "inference, bfloat16, batch 1",
+        ("vgg16 inference bf16 batch 1",),
+        (*COMPILED, "openvino", "ncnn half", "ncnn bf16"),
+    ),
     Row("the 13 convolutions, float32, batch 1", layer_groups("forward", 1, "fp32"), TORCHS),
     Row("the 13 convolutions, float32, batch 8", layer_groups("forward", 8, "fp32"), TORCHS),
     Row("their input gradients, float32, batch 8", layer_groups("grad_input", 8, "fp32"), TORCHS),
