@@ -48,9 +48,8 @@ def main() -> None:
     except OSError as error:
         if error.filename is not None or error.errno not in NO_OUTPUT:
             raise
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is still buffered would fail again at the end
+        # What is still buffered would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # who reads no further wants no message
             typer.echo(f"error: the output cannot be written: {error.strerror}", err=True)
         sys.exit(1)
