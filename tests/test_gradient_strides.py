@@ -106,3 +106,16 @@ def test_gradients_of_images_with_a_dimension_of_size_one(size: tuple[int, ...])
         assert x.grad is not None
         strides.append((gradient.stride(), x.grad.stride()))
     assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("channels", [(1, 4), (4, 1), (1, 1)])
+def test_gradients_of_channels_last_filters_of_one_channel(channels: tuple[int, int], create_graph: bool) -> None:
+    strides = []
+    for build in (nn.Sequential, FusedSequential):
+        network = build(nn.Conv2d(*channels, 3, padding=1), nn.ReLU()).to(memory_format=torch.channels_last)
+        loss = network(torch.randn(2, channels[0], 6, 6)).square().sum()
+        (gradient,) = torch.autograd.grad(loss, network[0].weight, retain_graph=True, create_graph=create_graph)
+        loss.backward()
+        strides.append((gradient.stride(), network[0].weight.grad.stride()))
+    assert strides[0] == strides[1]

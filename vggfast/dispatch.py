@@ -231,9 +231,15 @@ def contiguous(t: Tensor) -> Tensor:
     return t if t.stride() == (c * h * w, h * w, w, 1) else t.clone(memory_format=torch.contiguous_format)
 
 
+def in_channels_last(t: Tensor) -> Tensor:
+    """`t` [N, C, H, W] with the strides of a new channels_last tensor, exactly, for the same reason."""
+    _, c, h, w = t.shape
+    return t if t.stride() == (h * w * c, 1, w * c, c) else t.clone(memory_format=torch.channels_last)
+
+
 def in_layout(t: Tensor | None, channels_last: bool) -> Tensor | None:
     """`t` [N, C, H, W] in channels_last memory, or as `contiguous` makes it."""
     if t is None:
         return None
     # Not by memory_format, which vmap does not know.
-    return t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if channels_last else contiguous(t)
+    return contiguous(t.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if channels_last else contiguous(t)

@@ -191,10 +191,7 @@ def _restore(x: Any, layout: bool | None) -> Any:
     """x with the strides that plain torch would have given it, exactly: see `dispatch.contiguous`."""
     if layout is None:
         return x
-    if not layout:
-        return dispatch.contiguous(x)
-    _, c, h, w = x.shape
-    return x if x.stride() == (h * w * c, 1, w * c, c) else x.clone(memory_format=torch.channels_last)
+    return dispatch.in_channels_last(x) if layout else dispatch.contiguous(x)
 
 
 def _layout_after(run: Run, x: Tensor, layout: bool | None) -> bool:

@@ -225,7 +225,7 @@ def _backward_conv3x3(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[
     if (needs_weight or needs_bias) and not no_weight:
         grad_weight, grad_bias = _ops.conv3x3_grad_weight(x, grad, y, argmax)
         if ctx.weight_channels_last and needs_weight:  # as torch's; it is then what becomes `.grad`, without a copy
-            grad_weight = grad_weight.contiguous(memory_format=torch.channels_last)
+            grad_weight = dispatch.in_channels_last(grad_weight)
     return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
 
 
