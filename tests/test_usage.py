@@ -156,6 +156,18 @@ def test_gradients_after_a_change_of_the_weights(name: str) -> None:
     assert_same(backward(fused, x=image().to(dtype)), backward(plain, x=image().to(dtype)), bound)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_large_weight_changed_before_the_backward_pass_is_noticed(autocast: bool) -> None:
+    """Under autocast, too, where torch has a cast copy: README lists it."""
+    network = FusedSequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024))
+    with torch.autocast("cpu", enabled=autocast):
+        loss = network(normal(2, 64)).sum()
+    with torch.no_grad():
+        network[2].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_one_weight_in_two_layers() -> None:
     results = []
     for container in (FusedSequential, nn.Sequential):
