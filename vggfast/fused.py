@@ -22,6 +22,7 @@ from vggfast.runs import (
     geometry_obstacle,
     hooked_globally,
     operands,
+    subclass_obstacle,
 )
 
 __all__ = ["FusedSequential", "convert"]
@@ -132,8 +133,8 @@ def _forward(self: FusedSequential, x: Any) -> Any:
 def run_children(names: tuple[str, ...], children: tuple[nn.Module, ...], state: State) -> State:
     """Run `children` of a `FusedSequential`, called `names` there, one after the other, fused where they can be."""
     observe = None if torch.compiler.is_compiling() else observer.get()
-    everywhere = context_obstacle()
     x, layout, keep = state
+    everywhere = context_obstacle() or subclass_obstacle(x)
     start, own = 0, False
     while start < len(children):
         run, reason = (None, everywhere) if everywhere else find_run(children, start, x, own)

@@ -130,6 +130,17 @@ def context_obstacle() -> str:
     return watched or dispatch.why_not_transforms()
 
 
+def subclass_obstacle(x: Any) -> str:
+    """Why nothing may be fused for an input x of a container, or "".
+
+    Within a function of a tensor subclass, as its `backward`, layers return plain tensors where they otherwise return the subclass.
+    What is computed again there, for a checkpoint, must save what the first time saved, when all layers got the subclass.
+    """
+    if not isinstance(x, Tensor) or type(x) in _PLAIN or torch._C._is_torch_function_enabled():
+        return ""
+    return "input is not a plain tensor"
+
+
 def _watched() -> str:
     """Why torch's own operators must run, for somebody who looks at each or puts another in its place, or ""."""
     if torch._C._len_torch_dispatch_stack():
