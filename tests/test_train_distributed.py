@@ -16,8 +16,10 @@ from torch import nn
 import vggfast
 from vggfast.models import cfgs
 from vggfast.recipes import checkpoint
+from vggfast.recipes import data as datasets
 from vggfast.recipes.config import TrainConfig
-from vggfast.recipes.train import Listener, Result, fit
+from vggfast.recipes.distributed import Processes
+from vggfast.recipes.train import Listener, Result, Trainer, fit
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,6 +90,21 @@ def test_two_processes_make_the_steps_of_one_and_resume_with_the_same_bits(tmp_p
     ]  # fmt: skip
 
 
+def test_sums_of_another_number_of_processes_are_added_up_once(tmp_path):
+    config = TrainConfig.recipe("fake", output=str(tmp_path), limit=4, batch_size=4, device="cpu")
+    data = datasets.load("fake", size=32, batch_size=4, seed=0, limit=4)
+    trainer = Trainer(config, data, torch.device("cpu"), nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)))
+    trainer.sums += torch.tensor([1.5, 2, 3, 4])
+    trainer.save()
+    restored = []
+    for rank in range(3):
+        trainer.processes = Processes(rank, 3)
+        trainer.sums.zero_()
+        trainer.restore(tmp_path / "checkpoint.pt")
+        restored.append(trainer.sums.tolist())
+    assert restored == [[1.5, 2, 3, 4], [0] * 4, [0] * 4]
+
+
 KILL_ONE = """
 class Kill(Listener):
     def step(self, trainer, loss):
@@ -122,11 +139,10 @@ def float32_fit(output: Path, accumulate: int = 1) -> Result:
 
 
 FLOAT32 = """
-torch.distributed.init_process_group("gloo")
+double_fit(Path(sys.argv[1]) / "before", epochs=1)  # a program may train more than once
 result = float32_fit(Path(sys.argv[1]) / "two")
-if torch.distributed.get_rank() == 0:
+if os.environ["RANK"] == "0":
     print(json.dumps([*map(deterministic, result.history)]))
-torch.distributed.destroy_process_group()
 """
 
 

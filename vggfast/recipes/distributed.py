@@ -1,5 +1,6 @@
 """The processes that train together: those that torchrun started, or this one alone."""
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,9 +56,10 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[Processes]:
-    """Join the other processes, over NCCL on GPUs and gloo on CPUs; leave them at the end.
+    """Join the other processes, over NCCL on GPUs and gloo on CPUs, until the program ends.
 
-    A process group that was there before is used, and left alone.
+    A process group that was there before is used, and left alone. So is that of an earlier run in the same program: were
+    it left in between, torch would look for the others at the addresses that they had in it.
     """
     if dist.is_initialized():
         yield Processes(dist.get_rank(), dist.get_world_size())
@@ -69,4 +71,9 @@ def processes(device: torch.device) -> Iterator[Processes]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield Processes(dist.get_rank(), dist.get_world_size())
-    dist.destroy_process_group()  # not after an exception: the others may be waiting for this process in a collective
+    atexit.register(_leave)  # not after an exception: the others may be waiting for this process in a collective
+
+
+def _leave() -> None:
+    if dist.is_initialized():  # still
+        dist.destroy_process_group()
