@@ -122,14 +122,16 @@ def classes_of(samples: list[Sample]) -> list[str]:
 def targets(samples: list[Sample], classes: list[str], place: str) -> list[int]:
     """The numbers of the samples' classes among `classes`, which are those of `place`; RecipeError for another class."""
     number = {name: index for index, name in enumerate(classes)}
-    for sample in samples:
-        if _canonical(sample.label) not in number:
-            raise RecipeError(
-                f"{sample} is of class {sample.label!r}: expected the classes {', '.join(classes[:8])}"
-                f"{', …' if len(classes) > 8 else ''} of {place}"
-            )
-    return [number[_canonical(sample.label)] for sample in samples]
+    found = [number.get(sample.label, number.get(_canonical(sample.label))) for sample in samples]
+    if None in found:
+        sample = samples[found.index(None)]
+        raise RecipeError(
+            f"{sample} is of class {sample.label!r}: expected the classes {', '.join(classes[:8])}"
+            f"{', …' if len(classes) > 8 else ''} of {place}"
+        )
+    return [index for index in found if index is not None]
 
 
 def _canonical(label: str) -> str:
+    """Of a number its shortest form, as `classes_of` names classes that are all numbers."""
     return str(int(label)) if label.isdecimal() else label
