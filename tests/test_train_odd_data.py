@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_train import StopAt, tiny_model
 from test_train_images import load_folder, write_images
@@ -15,7 +16,7 @@ from vggfast.recipes import RecipeError, pictures
 from vggfast.recipes import data as datasets
 from vggfast.recipes.config import TrainConfig
 from vggfast.recipes.curve import printable
-from vggfast.recipes.train import fit
+from vggfast.recipes.train import Trainer, fit
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +92,23 @@ def test_a_batch_of_unreadable_images_moves_nothing(tmp_path):
         return count
 
     assert counted("good") == counted("mixed") == 4
+
+
+def test_an_unreadable_image_counts_as_one_without_a_gradient(tmp_path):
+    """Whichever process or piece it falls to, no other image's part in the step changes."""
+    config = TrainConfig.recipe(
+        "fake", output=str(tmp_path), limit=4, batch_size=4, epochs=1, lr=0.5, weight_decay=0, warm_up=0
+    )
+    data = datasets.load("fake", size=32, batch_size=4, seed=0, limit=4)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10, bias=False))
+    before = model[1].weight.detach().clone().requires_grad_()
+    ((images, labels),) = data.train_batches(0)
+    trainer = Trainer(config, data, torch.device("cpu"), model)
+    trainer.train_step(iter([(images[:3], labels[:3])]))
+    loss = torch.nn.functional.cross_entropy(images[:3].flatten(1) @ before.T, labels[:3], reduction="sum")
+    (gradient,) = torch.autograd.grad(loss / 4, before)
+    torch.testing.assert_close(model[1].weight, before - 0.5 * gradient)
+    assert trainer.sums.tolist() == pytest.approx([loss.item(), trainer.sums[1].item(), 3, 1])
 
 
 def test_a_run_does_not_go_on_with_other_images(tmp_path):
