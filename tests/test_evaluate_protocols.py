@@ -120,3 +120,11 @@ def test_models_that_do_not_fit():
     broken.classifier[6].bias.data.fill_(float("nan"))
     with pytest.raises(RecipeError, match="scores are not finite"):
         Classifier([broken], Views(32))([image])
+
+
+def test_the_central_crop_is_torchvisions():
+    functional = pytest.importorskip("torchvision.transforms.functional")
+    for width in (35, 36, 37, 39):  # of which the middle may lie between two pixels
+        image = pixels(3, 35, width)
+        (view,) = Views(32, (35,)).of(image)
+        assert torch.equal(view.pixels, functional.center_crop(image, 32))
