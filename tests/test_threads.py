@@ -166,3 +166,31 @@ def test_a_switch_of_another_thread_does_not_reach_a_call_that_has_begun() -> No
     done = subprocess.run([sys.executable, "-c", SWITCHED], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr or f"ended by signal {-done.returncode}"
     assert float(done.stdout) < 0.01
+
+
+SMALL_STACKS = """
+import torch
+from vggfast import _C, ops
+torch.set_num_threads(4)
+for isa in _C.cpu_isas():
+    _C.set_cpu_isa(isa)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, matrix = (
+            torch.rand(*size, dtype=dtype, requires_grad=True)
+            for size in ((2, 16, 40, 40), (64, 16, 3, 3), (256, 4096))
+        )
+        for algo in ("winograd", "direct"):
+            _C.set_conv_algo(algo)
+            ops.conv3x3(x, weight, pool=True).sum().backward()
+        rows = torch.rand(16, 4096, dtype=dtype, requires_grad=True)
+        ops.linear(rows, matrix).sum().backward()
+"""
+
+
+def test_threads_may_have_small_stacks() -> None:
+    """Of 64 KB, with which torch's own layers run."""
+    environment = {**os.environ, "OMP_STACKSIZE": "64k"}
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_STACKS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr or f"ended by signal {-done.returncode}"

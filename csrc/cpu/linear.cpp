@@ -106,9 +106,9 @@ Tensor linear_grad_input(const Tensor& grad, const Tensor& weight_any, const May
   const std::vector<float> columns = columns_of(grad, y);
   parallel_jobs(ceil_div(l.in, kLinearColumns), [&](int64_t job) {
     const int64_t begin = job * kLinearColumns, end = std::min(begin + kLinearColumns, l.in);
-    float* sums = scratch(l.rows * kLinearColumns);
-    k.linear_grad_input(l, columns.data(), begin, end, sums);
-    for (int64_t r = 0; r < l.rows; ++r) store_floats(sums + r * kLinearColumns, end - begin, dx, r * l.in + begin);
+    float* part = scratch(2 * l.rows * kLinearColumns);
+    k.linear_grad_input(l, columns.data(), begin, end, part);
+    for (int64_t r = 0; r < l.rows; ++r) store_floats(part + r * kLinearColumns, end - begin, dx, r * l.in + begin);
   });
   return dx;
 }

@@ -102,11 +102,12 @@ static void linear(const Linear& l, const float* x, int64_t begin, int64_t end, 
   if constexpr (rows > 1) linear<T, rows - 1>(l, x, begin, end, together, y);
 }
 
-// dx[rows][kLinearColumns] of at most so many columns [begin, end); grad is [out][rows].
+// dx[rows][kLinearColumns] of at most so many columns [begin, end); grad is [out][rows]. As many floats behind dx are for sums: on
+// a thread's stack they would be 64 KB, which is more than all of what OMP_STACKSIZE may leave it.
 template <class T>
 static void linear_grad_input(const Linear& l, const float* grad, int64_t begin, int64_t end, float* dx) {
   constexpr int step = 4, chain = 256; // rows of weights at once; and in one chain
-  alignas(64) float sums[max_linear_rows * kLinearColumns];
+  float* sums = dx + l.rows * kLinearColumns;
   const int64_t vecs = (end - begin + Vec::width - 1) / Vec::width;
   for (int64_t first = 0; first < l.out; first += chain) {
     const int64_t last = first + chain < l.out ? first + chain : l.out;

@@ -285,7 +285,7 @@ int64_t Layer::calls = 0;
 void run_linear(const Kernels& k, DType dtype, int64_t rows, int64_t in, int64_t out) {
   const int64_t columns = round_up(in, k.width), size = size_of(dtype);
   Buffer x(rows * columns * 4, 64), weight(out * in * size, size), bias(out * 4, 4), y(rows * out * 4, 4);
-  Buffer grad((out + kLinearPadding) * rows * 4, 4), dx(rows * kLinearColumns * 4, 4), dw(out * in * size, 64);
+  Buffer grad((out + kLinearPadding) * rows * 4, 4), dx(2 * rows * kLinearColumns * 4, 4), dw(out * in * size, 64);
   for (const Buffer* b : {&x, &bias, &grad})
     for (size_t i = 0; i < b->bytes() / 4; ++i) b->as<float>()[i] = 1.f;
   for (int64_t i = 0; i < out * in; ++i) put(weight.as<void>(), dtype, i, 1.f);
