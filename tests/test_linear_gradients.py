@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import gradients, normal
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
-from vggfast import ops
+from vggfast import convert, ops
 
 OUT, IN = 1100, 1000  # just enough weights for the kernel
 Linear = Callable[..., Tensor]
@@ -65,3 +67,14 @@ def test_the_input_is_saved_for_those_of_weight_and_bias_alone(needs: tuple[bool
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         ops.linear(*leaves(*needs))
     assert any(t.shape == (3, IN) for t in saved) == (needs[1] or needs[2])
+
+
+def test_of_each_sample_by_torchs_expanded_weights() -> None:
+    """A subclass of Tensor that refuses whatever it is asked, but for torch's own layers."""
+    plain = nn.Sequential(nn.Linear(IN, OUT), nn.ReLU(), nn.Linear(OUT, 3))
+    fused = convert(copy.deepcopy(plain))
+    x, _, _ = leaves(False, False, False)
+    for network in (plain, fused):
+        call_for_per_sample_grads(network)(x).sin().sum().backward()
+    for ours, torchs in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad_sample, torchs.grad_sample)

@@ -53,6 +53,9 @@ def why_not_max_pool2x2(x: Tensor) -> str:
 def why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """Why no kernel of ours takes this fully connected layer; empty if one does."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
+    # First: some, as torch.nn.utils' per-sample gradients, refuse to be asked anything.
+    if not torch.compiler.is_compiling() and any(type(t) not in _PLAIN for t in tensors):
+        return "a tensor subclass, whose own rules apply"
     if any(t.device.type != "cpu" or t.layout != torch.strided or t.is_nested for t in tensors):
         return "no kernel for other devices than CPUs, nor for other layouts"
     if reason := switches.why_not_cpu():
@@ -71,8 +74,6 @@ def why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
         return "the weights of an output are not adjacent"
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         return f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}"
-    if not torch.compiler.is_compiling() and any(type(t) not in _PLAIN for t in tensors):
-        return "a tensor subclass, whose own rules apply"
     return why_not_transforms()
 
 
