@@ -267,6 +267,9 @@ def test_resetting_channels_and_classes():
     assert scores(model, images(2, 1, 32, 32).bfloat16()).shape == (2, 4)
     with pytest.raises(ValueError, match="num_classes: expected an integer >= 1, got 0"):
         model.reset_classifier(0)
+    assert model.features[0].weight.requires_grad
+    model.requires_grad_(False).reset_in_channels(3)
+    assert not model.features[0].weight.requires_grad
     with pytest.raises(TypeError, match=r"in_channels: expected an integer >= 1, got 1\.5"):
         model.reset_in_channels(1.5)
     model.classifier[6] = nn.Identity()
@@ -294,6 +297,29 @@ def test_loading_adapts_where_it_is_asked_to(target, tmp_path):
     assert torch.equal(last.weight, before)
     assert torch.equal(model.features[0].weight, saved.features[0].weight.sum(1, keepdim=True))
     assert torch.equal(model.features[3].weight, saved.features[3].weight)
+
+
+def test_adapting_loads_a_last_layer_that_fits(tmp_path):
+    saved, model = narrow_vgg(), narrow_vgg(in_channels=1, seed=9)
+    torch.save(saved.state_dict(), tmp_path / "a.pth")
+    load_weights(model, tmp_path / "a.pth", adapt=True)
+    assert torch.equal(model.classifier[6].weight, saved.classifier[6].weight)
+
+
+def test_tensors_that_share_memory(tmp_path):
+    """Of tied layers, or expanded: what is loaded has memory of its own, and what is saved is whole."""
+    model = narrow_vgg()
+    model.classifier[3].bias = model.classifier[0].bias
+    state = model.state_dict() | {"classifier.6.bias": torch.zeros(1).expand(7)}
+    torch.save(state, tmp_path / "a.pth")
+    loaded = load_model(tmp_path / "a.pth").model
+    with torch.no_grad():
+        loaded.classifier[0].bias.add_(1)
+        loaded.classifier[6].bias.add_(torch.arange(7))
+    assert torch.equal(loaded.classifier[3].bias, model.classifier[3].bias)
+    save_weights(model, tmp_path / "b.safetensors")
+    again = load_model(tmp_path / "b.safetensors").model.state_dict()
+    assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
 
 
 def test_recognise():

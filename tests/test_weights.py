@@ -200,6 +200,10 @@ WRAPPED = {
     "bare": lambda state: state,
     "state_dict": lambda state: {"epoch": 3, "state_dict": state},
     "model": lambda state: {"model": state, "optimizer": {}},
+    "its settings as model": lambda state: {"model": {"depth": 16}, "model_state_dict": state},
+    "AveragedModel": lambda state: (
+        {"n_averaged": torch.tensor(3)} | {f"module.{key}": value for key, value in state.items()}
+    ),
     "DistributedDataParallel": lambda state: {f"module.{key}": value for key, value in state.items()},
     "torch.compile": lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
     "all of it": lambda state: {

@@ -82,8 +82,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     state = _read_file(path)
     if isinstance(state, Mapping):
-        state = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), state)
-    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        # "model" may be the model's settings, beside "model_state_dict".
+        state = next((state[key] for key in _WRAPPERS if _holds_tensors(state.get(key))), state)
+    if not _holds_tensors(state):
         keys = f" with keys {', '.join(map(repr, list(state)[:8]))}" if isinstance(state, Mapping) else ""
         raise RuntimeError(
             f"{path}: expected a state_dict (names and tensors), alone or under one of {', '.join(_WRAPPERS)}; "
@@ -94,6 +95,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     while any(key.startswith(_PREFIXES) for key in state):  # one within the other, in either order
         for prefix in _PREFIXES:
             nn.modules.utils.consume_prefix_in_state_dict_if_present(state, prefix)
+    state.pop("n_averaged", None)  # what torch.optim.swa_utils.AveragedModel counts beside its average
     odd = [key for key, value in state.items() if not _is_plain(value)]
     if odd:  # what reads them later would fail each in its own way, some with half of a model loaded
         raise RuntimeError(
@@ -101,6 +103,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{', '.join(odd[:4])}{', …' if odd[4:] else ''}"
         )
     return state
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())
 
 
 def _is_plain(value: Tensor) -> bool:
@@ -127,7 +133,13 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, about: Mapping[st
 
     Raises OSError where the disk refuses.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors, written = {}, set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.data_ptr() in written:  # of tied layers; safetensors refuses memory that has two names
+            tensor = tensor.clone()
+        tensors[name] = tensor
+        written.add(tensor.data_ptr())
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()

@@ -64,12 +64,7 @@ def load_model(weights: WeightsSpec, progress: bool = True) -> LoadedModel:
     state = read_state_dict(path)
     layout = recognise(state) or "unknown"
     try:
-        mapped = path.suffix == ".safetensors"  # its tensors lie in the file, and would change with it
-        state = {
-            key: value.to(torch.float32, copy=mapped) if value.is_floating_point() else value.clone()
-            for key, value in state.items()
-        }
-        state = to_torchvision(state)
+        state = to_torchvision({key: _own(state.pop(key)) for key in list(state)})
         found = architecture(state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -84,6 +79,11 @@ def load_model(weights: WeightsSpec, progress: bool = True) -> LoadedModel:
         raise ValueError(f"{path}: missing keys {missing[:4]}, unexpected keys {unexpected[:4]}")
     about = _about(spec, path, layout, found)
     return LoadedModel(model.eval(), in_channels=found.in_channels, layout=layout, source=str(weights), **about)
+
+
+def _own(value: Tensor) -> Tensor:
+    """A copy, floats in float32: a file's tensors may lie in the file, and change with it, or share memory, also with themselves."""
+    return value.to(torch.float32, copy=True) if value.is_floating_point() else value.clone()
 
 
 def _build(found: Architecture) -> models.VGG:

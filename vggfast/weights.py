@@ -218,7 +218,7 @@ def read_checkpoint(weights: WeightsSpec, progress: bool = True) -> dict[str, Te
     """The state_dict in a published checkpoint, a local file or behind a URL, with torchvision's keys, on the CPU.
 
     Files are torch's (.pth, .pt, .ckpt, .bin), safetensors, or Keras's (.h5, .keras). Wrappers ({"state_dict": …},
-    {"model": …}) and the prefixes of DistributedDataParallel and torch.compile are taken off; the layouts that
+    {"model": …}) and what DistributedDataParallel, torch.compile and AveragedModel add to the keys are taken off; the layouts that
     `vggfast.weight_layouts` lists are converted, and keys of no known layout stay as they are. Only tensors are unpickled, never code. A URL is cached as torch.hub caches it: in
     `torch.hub.get_dir()/checkpoints/<last part of the URL>`, and a file of that name there is taken for it.
     Raises OSError (cannot download, no such file) or RuntimeError (the file is damaged or is no state_dict), and
