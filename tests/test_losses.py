@@ -121,7 +121,7 @@ def test_style_of_another_image_of_another_size() -> None:
     torch.testing.assert_close(terms["relu2_2"], loss.terms(x, target)["relu2_2"])
     ours = gram(loss.network((x - loss.centre) / loss.deviation)["relu1_1"])
     wanted = gram(loss.network((style - loss.centre) / loss.deviation)["relu1_1"])
-    torch.testing.assert_close(terms["gram relu1_1"], (ours - wanted).square().mean((1, 2)))
+    torch.testing.assert_close(terms["gram relu1_1"], (ours - wanted).square().mean((1, 2)), rtol=1e-4, atol=0)
     alone = Perceptual(small(), (), style=["relu1_1"])
     assert alone(style, style) == 0
     assert alone.encode(style).maps == {}
@@ -183,6 +183,21 @@ def test_half_precision_neither_overflows_nor_vanishes(dtype: torch.dtype, way: 
     assert value.dtype == gradient.dtype == torch.float32
     assert error(value, wanted[0].double()) <= 0.02
     assert error(gradient, wanted[1].double()) <= 0.1
+
+
+def test_float64_images_under_autocast() -> None:
+    loss, x, target = Perceptual(small(), LAYERS), images(), images(seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss(x.double(), target.double()) == loss(x, target)
+
+
+def test_defaults() -> None:
+    """Johnson's four layers, and torch's delta; the numbers that the documentation names."""
+    torch.manual_seed(0)
+    network = vggfast.make_layers([4, 4, "M", 4, 4, "M", 4, 4, 4, "M", 4, 4, 4, "M"])
+    assert Perceptual(network).layers == dict.fromkeys(("relu1_2", "relu2_2", "relu3_3", "relu4_3"), 1.0)
+    assert isinstance(rule := Perceptual(network, distance="huber").rule, distances.Huber)
+    assert rule.delta == 1.0
 
 
 @pytest.mark.parametrize("kind", ["perceptual", "lpips"])

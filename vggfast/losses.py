@@ -101,8 +101,7 @@ class FeatureLoss(nn.Module):
         if channels != images.shape[1] and 1 not in (channels, images.shape[1]):
             raise ValueError(f"images: expected {channels} channels, as mean and std have, got {list(images.shape)}")
         images = (wide(images) - self.centre) / self.deviation
-        if not torch.is_autocast_enabled(images.device.type):
-            images = images.to(next(self.network.parameters()).dtype)
+        images = images.to(next(self.network.parameters()).dtype)  # under autocast too, which leaves float64 as it is
         taps: dict[str, Tensor] = self.network(images)
         return taps
 
