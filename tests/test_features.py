@@ -240,12 +240,18 @@ def test_modes_and_slices_are_the_models() -> None:
     assert tapped.training
     assert not tapped.eval().features[1].training
     assert not model.features[1].training
-    assert not vggfast.features(model.eval(), "bn1_1").training
+    evaluated = vggfast.features(model.eval(), ["bn1_1", "fc6"])
+    assert not any(module.training for module in evaluated.modules())
     frozen = taps.frozen(tapped)
     assert [b.data_ptr() for b in frozen.buffers()] == [b.data_ptr() for b in tapped.buffers()]
     x = normal(1, 3, 16, 16)
     part = vggfast.features(small()[:4], "relu1_2")(x)["relu1_2"]
     assert torch.equal(part, small()[:4](x))
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x)
 
 
 def test_errors_name_what_there_is() -> None:
@@ -260,6 +266,11 @@ def test_errors_name_what_there_is() -> None:
         vggfast.features(nn.Sequential(nn.ReLU()), ["relu1_1"])
     with pytest.raises(TypeError, match=r"expected a VGG whose `features` are an nn.Sequential.*got SmallLinear"):
         vggfast.features(nn.Linear(2, 2), ["fc6"])
+    replaced = copy.deepcopy(network)
+    replaced.forward = lambda x: x
+    for own in (Doubled(*network), replaced):
+        with pytest.raises(TypeError, match=r"one after the other, got (FusedSequential|Doubled) with an own forward"):
+            vggfast.features(own, ["relu1_1"])
     with pytest.raises(TypeError, match="got str"):
         vggfast.features("vgg16", ["fc6"])
 

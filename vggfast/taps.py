@@ -172,8 +172,17 @@ def _parts(model: nn.Module) -> tuple[nn.Sequential, nn.Sequential | None]:
         raise TypeError(
             f"model: expected a VGG whose `features` are an nn.Sequential, or such a Sequential, got {type(model).__name__}"
         )
+    if not _one_after_the_other(body):
+        raise TypeError(
+            f"model: expected layers that run one after the other, got {type(body).__name__} with an own forward"
+        )
     head = getattr(model, "classifier", None)
-    return body, head if isinstance(head, nn.Sequential) else None
+    return body, head if isinstance(head, nn.Sequential) and _one_after_the_other(head) else None
+
+
+def _one_after_the_other(sequential: nn.Sequential) -> bool:
+    plain = (nn.Sequential.forward, FusedSequential.forward)
+    return type(sequential).forward in plain and "forward" not in sequential.__dict__
 
 
 def _children(sequential: nn.Sequential) -> list[tuple[str, nn.Module]]:
