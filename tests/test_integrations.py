@@ -76,7 +76,9 @@ def test_timms_interface(timm, name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, {"out_indices": (1, 3)}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"out_indices": (1, 3)}, {"out_indices": (3, 1), "feature_cls": "hook"}, {"feature_cls": "list"}]
+)
 def test_timms_features_only(timm, settings):
     torch.manual_seed(0)
     ours = timm.create_model("vggfast_vgg11_bn", features_only=True, **settings).eval()

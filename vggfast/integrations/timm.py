@@ -89,7 +89,11 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
         PREFIX + name,
         pretrained,
         model_cfg=timm_vgg.cfgs[name.removesuffix("_bn")],
-        feature_cfg={"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3, 4, 5)), "feature_cls": "getter"},
+        feature_cfg={
+            "out_indices": kwargs.pop("out_indices", (0, 1, 2, 3, 4, 5)),
+            "feature_cls": "getter",
+            "flatten_sequential": True,  # for those who ask for feature_cls="list", "dict" or "hook"
+        },
         pretrained_filter_fn=lambda state: to_timm(to_torchvision(state)),
         **kwargs,
     )
