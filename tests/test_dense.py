@@ -66,6 +66,7 @@ def test_parameters_share_memory_and_the_model_stays_as_it_is():
     dense = to_dense(model)
     assert dense.training
     assert dense.classifier[2].training
+    assert all(p.requires_grad for p in dense.parameters())
     assert list(model.modules()) == modules
     assert dense.features is model.features
     assert dense.classifier[0].weight.shape == (16, 8, 7, 7)
@@ -81,6 +82,7 @@ def test_parameters_share_memory_and_the_model_stays_as_it_is():
     smaller = to_dense(model, 64)
     assert smaller.classifier[0].weight.data_ptr() != model.classifier[0].weight.data_ptr()
     assert smaller.classifier[3].weight.data_ptr() == model.classifier[3].weight.data_ptr()
+    assert not any(p.requires_grad for p in to_dense(model.requires_grad_(False)).parameters())
 
 
 @needs_torchvision

@@ -75,6 +75,13 @@ def test_space_flips_and_scales_are_pooled(model: vggfast.VGG11, stack: bool) ->
     torch.testing.assert_close(found.norm(dim=1), torch.ones(2))
 
 
+def test_images_are_made_smaller_without_aliasing(model: vggfast.VGG11) -> None:
+    x = normal(1, 3, 130, 260)
+    resized = F.interpolate(x, (65, 130), mode="bilinear", antialias=True)
+    found = vggfast.descriptors(model, x, scales=(65,), flip=False)
+    torch.testing.assert_close(found, vggfast.descriptors(model, resized, flip=False))
+
+
 def test_errors(model: vggfast.VGG11) -> None:
     x = normal(1, 3, 64, 64)
     with pytest.raises(ValueError, match=r"layer: expected a layer of the classifier.*got 'relu1_1'"):

@@ -1,5 +1,6 @@
 """Keras's weight files, of all its versions: what they hold gives Keras's own answers, calculated here as they are defined."""
 
+import itertools
 import sys
 import zipfile
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from small_vgg import NARROW_D, narrow_vgg
 
-from vggfast import load_model
+from vggfast import keras_weights, load_model
+from vggfast.models import cfgs
 from vggfast.preprocessing import CAFFE
+from vggfast.weight_layouts import architecture, to_torchvision
 from vggfast.weights import read_checkpoint
 
 BLOCKS = (2, 2, 3, 3, 3)
@@ -122,6 +125,24 @@ def test_kerass_files(name, tmp_path):
     expected = keras_forward(arrays, x)
     assert expected.std() > 1
     numpy.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9 * abs(expected).max())
+
+
+@pytest.mark.parametrize("letter", "ABDE")
+def test_layers_that_are_only_counted(letter):
+    widths = [3, *(width for width in cfgs[letter] if width != "M")]
+    state = {
+        f"conv2d_{index}.kernel" if index else "conv2d.kernel": torch.zeros(3, 3, *pair, device="meta")
+        for index, pair in enumerate(itertools.pairwise(widths))
+    }
+    found = architecture(to_torchvision(keras_weights._with_names(state)))
+    assert list(found.cfg) == cfgs[letter]
+
+
+def test_caffes_preprocessing():
+    """Oxford's: BGR from 0 to 255, less the mean of each channel."""
+    image = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1)
+    expected = torch.tensor([255 - 103.939, 127.5 - 116.779, -123.68]).view(3, 1, 1)
+    torch.testing.assert_close(CAFFE(image), expected)
 
 
 def test_kerass_networks_for_other_sizes(tmp_path):
