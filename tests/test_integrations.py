@@ -57,15 +57,16 @@ def test_timms_interface(timm, name):
     assert_close(features, theirs.forward_features(x))
     for pre_logits in (False, True):
         assert_close(ours.forward_head(features, pre_logits), theirs.forward_head(features, pre_logits))
-    for settings in ({}, {"indices": 2}, {"indices": [0, 3], "stop_early": True}, {"indices": [5]}):
+    for settings in ({}, {"indices": 2}, {"indices": [1]}, {"indices": [0, 3], "stop_early": True}, {"indices": [5]}):
         got, expected = ours.forward_intermediates(x, **settings), theirs.forward_intermediates(x, **settings)
         for a, b in zip([got[0], *got[1]], [expected[0], *expected[1]], strict=True):
             assert_close(a, b)
         only = ours.forward_intermediates(x, intermediates_only=True, **settings)
         assert all(torch.equal(a, b) for a, b in zip(only, got[1], strict=True))
     assert ours.get_classifier() is ours.head.fc
-    assert ours.default_cfg["first_conv"] == "features.0"
-    assert ours.default_cfg["mean"] == theirs.default_cfg["mean"]
+    named = ("architecture", "hf_hub_id", "tag", "url")
+    published = [{key: cfg[key] for key in cfg if key not in named} for cfg in (ours.default_cfg, theirs.default_cfg)]
+    assert published[0] == published[1]
     assert ours.pretrained_cfg["hf_hub_id"] == f"timm/{name}.tv_in1k"
     ours.reset_classifier(3)
     assert ours(x).shape == (2, 3)
@@ -131,14 +132,19 @@ def test_torchvisions_registry(monkeypatch):
     assert torchvision_models.get_model_weights("vggfast_vgg16") is torchvision_models.VGG16_Weights
     assert torchvision_models.get_model_builder("vggfast_vgg16").__name__ == "vggfast_vgg16"
     monkeypatch.setattr(
-        vggfast.models, "load_weights", lambda model, spec, progress: loaded.append((type(model), spec))
+        vggfast.models, "load_weights", lambda model, spec, progress: loaded.append((type(model), spec, progress))
     )
     loaded = []
     with torch.device("meta"):
         for weights in (torchvision_models.VGG16_Weights.DEFAULT, "DEFAULT", "IMAGENET1K_FEATURES"):
             torchvision_models.get_model("vggfast_vgg16", weights=weights)
+        torchvision_models.get_model("vggfast_vgg16", weights="DEFAULT", progress=False)
+        with pytest.warns(UserWarning, match="'pretrained' is deprecated"):  # as torchvision takes it to this day
+            torchvision_models.get_model("vggfast_vgg16", pretrained=True)
     ours = vggfast.VGG16_Weights
-    assert loaded == [(vggfast.VGG16, spec) for spec in (ours.DEFAULT, ours.DEFAULT, ours.IMAGENET1K_FEATURES)]
+    expected = [(ours.DEFAULT, True), (ours.DEFAULT, True), (ours.IMAGENET1K_FEATURES, True)]
+    expected += [(ours.DEFAULT, False), (ours.DEFAULT, True)]
+    assert loaded == [(vggfast.VGG16, spec, progress) for spec, progress in expected]
 
 
 @pytest.mark.parametrize(

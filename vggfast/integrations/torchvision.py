@@ -30,8 +30,8 @@ def _register(name: str) -> None:
     published = getattr(torchvision_models, f"{name.upper()}_Weights", None)
 
     @functools.wraps(builder)
-    def build(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> models.VGG:
-        return builder(weights=weights, progress=progress, **kwargs)  # type: ignore[no-any-return]
+    def build(*args: Any, **kwargs: Any) -> models.VGG:
+        return builder(*args, **kwargs)  # type: ignore[no-any-return]
 
     build.__name__ = PREFIX + name
     # torchvision learns a builder's weights from the annotation of its argument.
