@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from network_reference import assert_as_good_as_torch, error, float64, steps
 from reference import WINOGRAD_BOUND, normal
-from small_vgg import SmallLinear, needs_torchvision, on_meta, torchvision_models
+from small_vgg import SmallLinear, narrow_vgg, needs_torchvision, on_meta, torchvision_models
 from torch import Tensor, nn
 
 import vggfast
@@ -195,6 +195,7 @@ def test_compiled_in_one_graph() -> None:
         sum(t.square().sum() for t in found.values()).backward()
         results.append([*found.values(), *(p.grad.clone() for p in network.parameters())])
     assert list(found) == list(network.taps)
+    assert list(taps.names(torch.compile(small()))) == list(taps.names(small()))
     assert all(error(a, b.double()) <= WINOGRAD_BOUND for a, b in zip(*results, strict=True))
 
 
@@ -247,6 +248,18 @@ def test_modes_and_slices_are_the_models() -> None:
     x = normal(1, 3, 16, 16)
     part = vggfast.features(small()[:4], "relu1_2")(x)["relu1_2"]
     assert torch.equal(part, small()[:4](x))
+
+
+def test_gradients_of_the_classifiers_taps_reach_the_images() -> None:
+    model = narrow_vgg()
+    found = []
+    for run in (
+        lambda x: vggfast.features(model, ["pool5", "relu6"])(x)["relu6"],
+        lambda x: model.classifier[:2](model.avgpool(model.features(x)).flatten(1)),
+    ):
+        x = normal(2, 3, 32, 32).requires_grad_()
+        found.append(torch.autograd.grad(run(x).square().sum(), [x, model.classifier[0].weight]))
+    torch.testing.assert_close(*found)
 
 
 class Doubled(nn.Sequential):

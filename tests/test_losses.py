@@ -194,10 +194,13 @@ def test_float64_images_under_autocast() -> None:
 def test_defaults() -> None:
     """Johnson's four layers, and torch's delta; the numbers that the documentation names."""
     torch.manual_seed(0)
-    network = vggfast.make_layers([4, 4, "M", 4, 4, "M", 4, 4, 4, "M", 4, 4, 4, "M"])
+    network = vggfast.make_layers([8, 8, "M", 16, 16, "M", 4, 4, 4, "M", 4, 4, 4, "M"])
     assert Perceptual(network).layers == dict.fromkeys(("relu1_2", "relu2_2", "relu3_3", "relu4_3"), 1.0)
     assert isinstance(rule := Perceptual(network, distance="huber").rule, distances.Huber)
     assert rule.delta == 1.0
+    lpips = small_lpips(network)
+    assert (Perceptual(network).reduction, lpips.reduction, lpips.input_range) == ("mean", "mean", (-1, 1))
+    assert not any(p.requires_grad for p in lpips.parameters())
 
 
 @pytest.mark.parametrize("kind", ["perceptual", "lpips"])
@@ -280,6 +283,7 @@ def test_heads_from_a_file_and_trained(tmp_path: Path) -> None:
     torch.save(HEADS, tmp_path / "heads.pth")
     expected = small_lpips(network)(x, target)
     assert LPIPS(network, tmp_path / "heads.pth", layers=["relu1_2", "relu2_2"])(x, target) == expected
+    assert LPIPS(network, dict(reversed(HEADS.items())), layers=["relu1_2", "relu2_2"])(x, target) == expected
     loss = small_lpips(network)
     loss.heads.requires_grad_(True)
     assert loss(x, target) == expected
@@ -356,6 +360,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (ValueError, r"images: expected floating point values in \(-1.0, 1.0\), got torch.uint8; input_range=\(0, 255\)", lambda: small_lpips(network)(images().to(torch.uint8), images())),
         (ValueError, r"target: expected the size of the input.* got \[2, 8, 16, 16\] for \[2, 8, 32, 32\] at relu1_2", lambda: small_lpips(network)(images(), images(size=16))),
         (ValueError, r"target: .* got \[2, 8, 32, 32\] for \[3, 8", lambda: small_lpips(network)(images(3), images())),
+        (ValueError, r"target: .* got \[3, 8, 32, 32\] for \[1, 8", lambda: small_lpips(network)(images(1), images(3))),
         (ValueError, "target: expected what this loss has encoded, got one without pool1", lambda: Perceptual(network, ["pool1"])(images(), Encoded({}, {}))),
         (ValueError, r"target: .* got \[2, 8, 8\] for \[3, 8, 8\] at relu1_2", lambda: Perceptual(network, {}, style=["relu1_2"])(images(3), images())),
         (ValueError, "delta: expected a number above 0, got -1", lambda: Perceptual(network, ["pool1"], distance="huber", delta=-1)),

@@ -1,5 +1,6 @@
 """The arguments of constructors and builders: what is refused and with which words, and how `weights` are asked for."""
 
+import inspect
 import warnings
 from pathlib import Path
 
@@ -153,3 +154,10 @@ def test_published_weights_are_found_in_the_cache(tmp_path, monkeypatch, small_h
         assert_same_parameters(loaded, saved)
     with pytest.raises(RuntimeError, match=r"trained for 1000 classes: build with num_classes=1000"):
         models.vgg11(weights=cached, num_classes=10)
+
+
+@pytest.mark.parametrize("name", [*BUILDERS, "vgg16c", "vgg11_lrn"])
+def test_progress_is_shown_by_default(name):
+    builder = getattr(models, name)
+    assert inspect.signature(builder).parameters["progress"].default is True
+    assert inspect.signature(inspect.signature(builder).return_annotation).parameters["progress"].default is True
