@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from network_reference import error
 from reference import WINOGRAD_BOUND, normal
-from small_vgg import SmallLinear
+from small_vgg import SmallLinear, narrow_vgg
 from torch import Tensor, nn
 
 import vggfast
@@ -189,6 +189,18 @@ def test_float64_images_under_autocast() -> None:
     loss, x, target = Perceptual(small(), LAYERS), images(), images(seed=1)
     with torch.autocast("cpu", torch.bfloat16):
         assert loss(x.double(), target.double()) == loss(x, target)
+
+
+def test_the_classifiers_features() -> None:
+    model, x, target = narrow_vgg(), images(), images(seed=1)
+    loss = Perceptual(model, ["relu6"], distance="l2", mean=(0, 0, 0), std=(1, 1, 1), style=["fc7"], reduction="none")
+    ours, theirs = (vggfast.features(model, ["relu6", "fc7"])(t) for t in (x, target))
+    terms = loss.terms(x, target)
+    torch.testing.assert_close(terms["relu6"], (ours["relu6"] - theirs["relu6"]).square().mean(1))
+    grams = [torch.einsum("ni,nj->nij", t["fc7"], t["fc7"]) / 16 for t in (ours, theirs)]
+    torch.testing.assert_close(terms["gram fc7"], (grams[0] - grams[1]).square().mean((1, 2)))
+    heads = {"lin0.weight": torch.rand(16)}
+    assert LPIPS(model, heads, layers=["relu6"], spatial=True)(x, target).shape == (2, 1, 32, 32)
 
 
 def test_defaults() -> None:

@@ -103,7 +103,8 @@ class FeatureLoss(nn.Module):
         images = (wide(images) - self.centre) / self.deviation
         images = images.to(next(self.network.parameters()).dtype)  # under autocast too, which leaves float64 as it is
         taps: dict[str, Tensor] = self.network(images)
-        return taps
+        # A classifier's features [N, D] are maps of one position.
+        return {name: tap if tap.dim() == 4 else tap[:, :, None, None] for name, tap in taps.items()}
 
     def _pair(self, input: Tensor, target: Tensor | Encoded, style: Tensor | None) -> tuple[Encoded, Encoded]:
         """Both images encoded, one after the other: so nothing is kept for the gradient of a target that wants none."""
