@@ -195,7 +195,12 @@ def test_compiled_in_one_graph() -> None:
         sum(t.square().sum() for t in found.values()).backward()
         results.append([*found.values(), *(p.grad.clone() for p in network.parameters())])
     assert list(found) == list(network.taps)
-    assert list(taps.names(torch.compile(small()))) == list(taps.names(small()))
+    for wrapped in (
+        torch.compile(small()),
+        torch.compile(nn.DataParallel(small())),
+        nn.DataParallel(torch.compile(small())),
+    ):
+        assert list(taps.names(wrapped)) == list(taps.names(small()))
     assert all(error(a, b.double()) <= WINOGRAD_BOUND for a, b in zip(*results, strict=True))
 
 

@@ -163,7 +163,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return _unwrapped(model.module)
-    return getattr(model, "_orig_mod", model)
+    compiled = getattr(model, "_orig_mod", None)
+    return model if compiled is None else _unwrapped(compiled)
 
 
 def _parts(model: nn.Module) -> tuple[nn.Sequential, nn.Sequential | None]:
