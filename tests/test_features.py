@@ -204,6 +204,12 @@ def test_compiled_in_one_graph() -> None:
     assert all(error(a, b.double()) <= WINOGRAD_BOUND for a, b in zip(*results, strict=True))
 
 
+def test_no_tap_is_overwritten_where_torch_fx_traces() -> None:
+    network, x = vggfast.features(narrow_vgg(), ["conv1_1", "relu1_1", "fc6", "relu6"]), normal(2, 3, 32, 32)
+    traced, found = torch.fx.symbolic_trace(network)(x), network(x)
+    assert all(error(traced[name], tap.double()) <= WINOGRAD_BOUND * 10 for name, tap in found.items())
+
+
 def test_distributed(tmp_path) -> None:
     """Every parameter gets a gradient, since nothing is held that does not run."""
     network = vggfast.features(small(), ["conv1_1", "relu2_1"])

@@ -166,7 +166,7 @@ def _run_module(module: nn.Module, x: Any, layout: bool | None, keep: bool) -> t
         x, layout, keep = restored, None, keep and restored is x
     elif layout is not None and not in_place and (x.shape[1] == 1 or x.shape[2] == x.shape[3] == 1):
         layout = False  # where the strides fit both formats, torch's new tensors are contiguous
-    if keep and isinstance(x, Tensor) and _may_write(module):
+    if keep and isinstance(x, (Tensor, torch.fx.Proxy)) and _may_write(module):
         x, keep = x.clone(), False
     y = module(x)
     if type(module) in STAGES:
