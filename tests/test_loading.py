@@ -299,6 +299,13 @@ def test_loading_adapts_where_it_is_asked_to(target, tmp_path):
     assert torch.equal(model.features[3].weight, saved.features[3].weight)
 
 
+def test_batches_that_were_counted_are_known_again(tmp_path):
+    model = narrow_vgg(batch_norm=True)
+    model.features[1].num_batches_tracked.fill_(5)
+    save_weights(model, tmp_path / "a.safetensors")
+    assert load_model(tmp_path / "a.safetensors").model.features[1].num_batches_tracked == 5
+
+
 def test_adapting_loads_a_last_layer_that_fits(tmp_path):
     saved, model = narrow_vgg(), narrow_vgg(in_channels=1, seed=9)
     torch.save(saved.state_dict(), tmp_path / "a.pth")
@@ -341,6 +348,7 @@ def test_recognise():
         {"preprocessing": '{"mean": [0.5, 0.5, 0.5]}'},
         {"preprocessing": '{"mean": [0.5, 0.5], "std": [0.5, 0.5], "size": "64"}'},
         {"preprocessing": '{"size": [64, 64], "scale": 64.5}'},
+        {"preprocessing": '{"size": 0, "scale": 9999999}'},
     ],
 )
 def test_metadata_of_others_are_left_out(about, tmp_path):
