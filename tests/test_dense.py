@@ -83,6 +83,7 @@ def test_parameters_share_memory_and_the_model_stays_as_it_is():
     assert smaller.classifier[0].weight.data_ptr() != model.classifier[0].weight.data_ptr()
     assert smaller.classifier[3].weight.data_ptr() == model.classifier[3].weight.data_ptr()
     assert not any(p.requires_grad for p in to_dense(model.requires_grad_(False)).parameters())
+    assert not any(module.training for module in to_dense(model.eval()).modules())
 
 
 @needs_torchvision

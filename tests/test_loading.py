@@ -272,6 +272,9 @@ def test_resetting_channels_and_classes():
     assert not model.features[0].weight.requires_grad
     with pytest.raises(TypeError, match=r"in_channels: expected an integer >= 1, got 1\.5"):
         model.reset_in_channels(1.5)
+    model.classifier[6] = nn.Linear(16, 4, bias=False)
+    model.reset_classifier(2)
+    assert model.classifier[6].bias is None
     model.classifier[6] = nn.Identity()
     with pytest.raises(TypeError, match=r"expected an nn.Linear as its last layer, got Identity"):
         model.reset_classifier(3)
@@ -325,6 +328,8 @@ def test_tensors_that_share_memory(tmp_path):
         loaded.classifier[6].bias.add_(torch.arange(7))
     assert torch.equal(loaded.classifier[3].bias, model.classifier[3].bias)
     save_weights(model, tmp_path / "b.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "b.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     again = load_model(tmp_path / "b.safetensors").model.state_dict()
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
 

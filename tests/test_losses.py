@@ -331,6 +331,16 @@ def test_distances_in_pieces(name: str, channels_last: bool, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_gradient_where_all_features_are_zero(dtype: torch.dtype) -> None:
+    a, b, head = (
+        torch.zeros(1, 8, 2, 2, dtype=dtype, requires_grad=True),
+        normal(1, 8, 2, 2, dtype=dtype),
+        torch.rand(8),
+    )
+    assert not torch.autograd.grad(distances.rows(distances.Unit(), a, b, head).sum(), a)[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_distances_keep_the_two_maps_only(dtype: torch.dtype) -> None:
     a, b = normal(2, 8, 16, 16, dtype=dtype, grad=True), normal(2, 8, 16, 16, dtype=dtype, seed=1)
     head = torch.rand(8)
