@@ -103,11 +103,12 @@ static void linear(const Linear& l, const float* x, int64_t begin, int64_t end, 
 }
 
 // dx[rows][kLinearColumns] of at most so many columns [begin, end); grad is [out][rows]. As many floats behind dx are for sums: on
-// a thread's stack they would be 64 KB, which is more than all of what OMP_STACKSIZE may leave it.
+// a thread's stack they would be 64 KB, which is more than all of what OMP_STACKSIZE may leave it. Nothing else is where they are,
+// and l is a copy: else a store of sums might have changed any of it, and all would be loaded again.
 template <class T>
-static void linear_grad_input(const Linear& l, const float* grad, int64_t begin, int64_t end, float* dx) {
+static void linear_grad_input(const Linear l, const float* __restrict__ grad, int64_t begin, int64_t end, float* __restrict__ dx) {
   constexpr int step = 4, chain = 256; // rows of weights at once; and in one chain
-  float* sums = dx + l.rows * kLinearColumns;
+  float* __restrict__ const sums = dx + l.rows * kLinearColumns;
   const int64_t vecs = (end - begin + Vec::width - 1) / Vec::width;
   for (int64_t first = 0; first < l.out; first += chain) {
     const int64_t last = first + chain < l.out ? first + chain : l.out;
