@@ -189,7 +189,12 @@ def synthetic_results(groups: list[dict]) -> dict:
         "ceilings": {"peak_gflops": {"bf16": 700e3}, "dram_gbps": 4000.0},
     }
     device = {"slug": "synthetic-gpu", "cpu": "Some CPU", "gpu": "Synthetic GPU", "cores": 16, "sms": 132, "ghz": 1.98}
-    return {"schema": 1, "device": device, "runs": {"now": run}, "groups": groups}
+    return {
+        "schema": 1,
+        "device": device,
+        "runs": {"now": run},
+        "groups": [{**group, "run": "now"} for group in groups],
+    }
 
 
 def test_predicted_beside_measured() -> None:

@@ -76,8 +76,8 @@ def load(path: Path) -> Json:
         )
     if not all(isinstance(data.get(name), kind) for name, kind in (("device", dict), ("runs", dict), ("groups", list))):
         raise BenchError(f"{path}: expected device, runs and groups, got {', '.join(data)}")
-    if lost := sorted({group["run"] for group in data["groups"]} - set(data["runs"])):
-        raise BenchError(f"{path}: expected the runs of all groups, got none of {', '.join(lost)}")
+    if lost := {str(group.get("run")) for group in data["groups"]} - set(data["runs"]):
+        raise BenchError(f"{path}: expected the runs of all groups, got none of {', '.join(sorted(lost))}")
     return data
 
 
