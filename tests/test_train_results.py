@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
-from test_train import StopAt, _one_thread, tiny_fit  # noqa: F401 (the fixture is every test's)
+from test_train import StopAt, _one_thread, tiny_fit, tiny_model  # noqa: F401 (the fixture is every test's)
 
 from vggfast.recipes import checkpoint, curve
 from vggfast.recipes import train as training
@@ -151,3 +151,13 @@ def test_the_loss_that_is_shown_is_the_mean_of_the_epoch_so_far_and_the_speed_th
     monkeypatch.setattr("vggfast.recipes.trainer.time.perf_counter", lambda: next(clock))
     (resumed,) = tiny_fit(tmp_path / "half", resume=True, limit=80, epochs=1, save_every=2).history
     assert resumed.images_per_s == 16  # in the one second from one look at the clock to the next
+
+
+def test_tied_layers_are_written_under_both_names(tmp_path):
+    """safetensors refuses memory that has two names."""
+    model = tiny_model()
+    model.extend([torch.nn.Linear(10, 10), torch.nn.Linear(10, 10)])
+    model[-1].weight = model[-2].weight
+    config = TrainConfig.recipe("digits", output=str(tmp_path), epochs=1, limit=32, batch_size=32, lr=0.01)
+    written = load_file(fit(config, model=model).weights)
+    assert torch.equal(written["6.weight"], written["7.weight"])

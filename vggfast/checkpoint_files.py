@@ -128,11 +128,8 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def write_safetensors(state: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -> None:
-    """Write `state`, with `about` as JSON in its metadata; `path` is either what it was or the whole new file.
-
-    Raises OSError where the disk refuses.
-    """
+def save_tensors(state: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -> None:
+    """Write `state` to `path` itself, with `about` as JSON in its metadata. Raises OSError where the disk refuses."""
     tensors, written = {}, set()
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -140,13 +137,24 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, about: Mapping[st
             tensor = tensor.clone()
         tensors[name] = tensor
         written.add(tensor.data_ptr())
+    try:
+        save_file(tensors, path, {name: json.dumps(value) for name, value in about.items()})
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from error
+
+
+def write_safetensors(state: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -> None:
+    """Write `state`, with `about` as JSON in its metadata; `path` is either what it was or the whole new file.
+
+    Raises OSError where the disk refuses.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
-            save_file(tensors, temporary, {name: json.dumps(value) for name, value in about.items()})
-        except SafetensorError as error:  # how it reports a full disk
+            save_tensors(state, temporary, about)
+        except OSError as error:
             raise OSError(f"cannot write {path}: {error}") from error
         temporary.chmod(mode)  # safetensors writes files that only their owner can read
         os.replace(temporary, path)

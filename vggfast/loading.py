@@ -140,14 +140,9 @@ def _is_length(value: Any) -> bool:
 
 
 def _numbers(value: Any, count: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == count
-        and all(
-            isinstance(n, (int, float)) and abs(n) < 1e6  # no NaN either
-            for n in value
-        )
-    )
+    if not isinstance(value, list) or len(value) != count:
+        return False
+    return all(isinstance(n, (int, float)) and abs(n) < 1e6 for n in value)  # no NaN either
 
 
 def save_weights(

@@ -149,30 +149,21 @@ CONTENDERS = [
         batches=(1,),  # it takes one image at a time
         slow="the conversion takes half a minute",
     ),
-    Contender(
-        "ncnn half",
-        "ncnn",
-        f"{_RUNTIMES}:build_ncnn",
-        {"half": True},
-        packages=("ncnn", "pnnx"),
-        tasks=("inference",),
-        dtypes=("bf16",),
-        devices=("cpu",),
-        batches=(1,),
-        slow="the conversion takes half a minute",
-    ),
-    Contender(
-        "ncnn bf16",
-        "ncnn",
-        f"{_RUNTIMES}:build_ncnn",
-        {"bfloat16": True},
-        packages=("ncnn", "pnnx"),
-        tasks=("inference",),
-        dtypes=("bf16",),
-        devices=("cpu",),
-        batches=(1,),
-        slow="the conversion takes half a minute",
-    ),
+    *[
+        Contender(
+            f"ncnn {storage}",
+            "ncnn",
+            f"{_RUNTIMES}:build_ncnn",
+            {"storage": storage},
+            packages=("ncnn", "pnnx"),
+            tasks=("inference",),
+            dtypes=("bf16",),
+            devices=("cpu",),
+            batches=(1,),
+            slow="the conversion takes half a minute",
+        )
+        for storage in ("half", "bf16")
+    ],
 ]
 
 

@@ -102,16 +102,19 @@ def build_openvino(case: Case, files: dict[str, str]) -> Runner:
     return Runner(run, _scores, setting, version=ov.__version__.split("-")[0])
 
 
-def build_ncnn(case: Case, files: dict[str, str], half: bool = False, bfloat16: bool = False) -> Runner:
-    """``half`` leaves ncnn's defaults, with which it keeps the fully connected layers' weights in float16; ``bfloat16`` has it keep
+NCNN_STORAGE = {"fp32": "float16 off", "half": "default options: float16 weights", "bf16": "bfloat16 storage"}
+
+
+def build_ncnn(case: Case, files: dict[str, str], storage: str = "fp32") -> Runner:
+    """``half`` leaves ncnn's defaults, with which it keeps the fully connected layers' weights in float16; ``bf16`` has it keep
     weights and activations in bfloat16, which is faster where the CPU multiplies these."""
     import ncnn
 
     net = ncnn.Net()
     net.opt.num_threads = case.threads
-    if not (half or bfloat16):
+    if storage == "fp32":
         net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
-    net.opt.use_bf16_storage = bfloat16
+    net.opt.use_bf16_storage = storage == "bf16"
     param = Path(files["ncnn"])
     if net.load_param(os.fspath(param)) or net.load_model(os.fspath(param.with_suffix(".bin"))):
         raise BenchError(f"ncnn: expected to load {param}, got an error")
@@ -127,6 +130,5 @@ def build_ncnn(case: Case, files: dict[str, str], half: bool = False, bfloat16: 
     def outputs(result: Any) -> dict[str, torch.Tensor]:
         return {"scores": torch.from_numpy(result).reshape(1, -1)}
 
-    storage = "default options: float16 weights" if half else "float16 off"
-    setting = f"converted by pnnx, {'bfloat16 storage' if bfloat16 else storage}"
+    setting = f"converted by pnnx, {NCNN_STORAGE[storage]}"
     return Runner(run, outputs, setting, version=ncnn.__version__)

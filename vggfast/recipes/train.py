@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 import vggfast.models
+from vggfast.checkpoint_files import save_tensors
 from vggfast.recipes import RecipeError, checkpoint, curve, warm_start
 from vggfast.recipes import data as datasets
 from vggfast.recipes.config import MODELS, RECIPES, TrainConfig
@@ -247,12 +247,8 @@ def _start(model: nn.Module, config: TrainConfig) -> str:
 
 def write_weights(trainer: Trainer) -> None:
     """Write the weights as safetensors to the output folder, with what others need to use them (JSON) in it."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     if not trainer.processes.first:
         return
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trainer.tested.state_dict().items()}
     data = trainer.data
     about: dict[str, Any] = {"model": trainer.name, "in_channels": data.in_channels, "classes": data.classes}
     about["preprocessing"] = {
@@ -262,7 +258,4 @@ def write_weights(trainer: Trainer) -> None:
     if trainer.config.data in RECIPES:
         about["preprocessing"]["scale"] = trainer.config.size  # trained on whole images: nothing is to be cropped
     with checkpoint.atomic_write(Path(trainer.config.output) / WEIGHTS) as temporary:
-        try:
-            save_file(tensors, temporary, {name: json.dumps(value) for name, value in about.items()})
-        except SafetensorError as error:  # how it reports a full disk
-            raise OSError(str(error)) from error
+        save_tensors(trainer.tested.state_dict(), temporary, about)
