@@ -135,6 +135,10 @@ def nvcc_flags(gencode: list[str]) -> list[str]:
 def link_flags(nvcc: Path | None) -> list[str]:
     from torch.utils.cpp_extension import library_paths
 
+    shared = ["-shared", *os.environ.get("LDFLAGS", "").split(), *[f"-L{path}" for path in library_paths()]]
+    if sysconfig.get_platform().startswith("macosx"):  # Python's symbols are those of the program that loads this
+        rpath = "-Wl,-rpath,@loader_path/../torch/lib"  # of the same site-packages
+        return [*shared, "-ltorch_cpu", "-ltorch", "-undefined dynamic_lookup", rpath]
     # Named as needed libraries, torch's are found by name in the process that has imported torch: no path is written down.
     libraries = ["-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-Wl,--as-needed"]
     if nvcc:  # CUDA's runtime goes in statically: a machine without a GPU need not have it
@@ -145,7 +149,7 @@ def link_flags(nvcc: Path | None) -> list[str]:
             if folder.is_dir()
         ]
         libraries += [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    return ["-shared", *os.environ.get("LDFLAGS", "").split(), *[f"-L{path}" for path in library_paths()], *libraries]
+    return [*shared, *libraries]
 
 
 def ninja_file(output: Path, work: Path) -> str:

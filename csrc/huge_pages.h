@@ -10,7 +10,7 @@ namespace vggfast {
 inline constexpr int64_t huge_page = 2 << 20;
 
 /// For the huge pages that lie wholly within these bytes.
-inline void wish_huge_pages(void* data, int64_t bytes) {
+inline void wish_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + huge_page - 1) / huge_page * huge_page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / huge_page * huge_page;

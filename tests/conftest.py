@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 # Kernels that are off by default on architectures where nobody has timed them are tested all the same.
-if platform.machine() == "aarch64":
+if platform.machine() in ("aarch64", "arm64"):
     os.environ.setdefault("VGGFAST_CPU_ISA", "neon")
 # Threads of several processes that wait by spinning would take each other's cores. Read when torch is loaded.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -37,6 +37,12 @@ def lab(monkeypatch):
         yield made
 
 
+def test_a_system_without_proc_is_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) != "/proc/stat")
+    with pytest.raises(BenchError, match=r"expected Linux, .*; got"):
+        Lab(1)
+
+
 def test_who_fails_while_it_is_timed_is_named_and_the_others_are_timed(lab):
     found = measured(lab, "fails_later", "chatty")
     assert found["fails_later"]["failed"] == "torch: RuntimeError: no more"

@@ -24,11 +24,12 @@ import vggfast
 import vggfast.models
 import vggfast.recipes.commands
 from vggfast import _C, cuda_plan, switches
+from vggfast.bench import machine
 from vggfast.recipes import RecipeError
 from vggfast.recipes.config import MODELS, AmpName, ModelName, PresetName, TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that are ours
+CORES = machine.cores()
 NO_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -204,10 +204,12 @@ bool forward_points_split(const Kernels& k, const Plan& plan, const Image& x, co
 } // namespace
 
 Machine machine(const Kernels& k, int threads) {
+  Machine m{k.width, k.block, k.rows, threads, k.amx_rows != nullptr};
+#ifdef _SC_LEVEL2_CACHE_SIZE // which macOS does not have
   // 0 where the system does not tell. More than 2 MB has not been measured, and a virtual machine may tell more than there is.
   static const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  Machine m{k.width, k.block, k.rows, threads, k.amx_rows != nullptr};
   if (l2 > 0) m.l2 = std::min<int64_t>(l2, 2 << 20);
+#endif
   return m;
 }
 

@@ -16,6 +16,7 @@ import torch
 
 import vggfast
 from vggfast import _C
+from vggfast.bench import BenchError
 
 # Microarchitectures by CPU family and ranges of models, where the name that the CPU gives does not say.
 AMD_ZEN = [
@@ -82,8 +83,16 @@ def slug(device: str) -> str:
 
 
 def cores() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0))
+    """Processors that this process may run on, where the system tells; else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_proc() -> None:
+    """Raises BenchError where the system has no /proc, without which nobody knows what else ran during a measurement."""
+    if not Path("/proc/stat").exists():
+        raise BenchError(
+            f"expected Linux, whose /proc tells what else runs while something is timed; got {platform.system()}"
+        )
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from vggfast.bench import BenchError, memory, runtimes
 from vggfast.bench.cases import Case
 from vggfast.bench.client import Worker, available_bytes
 from vggfast.bench.contenders import ALLOCATOR, VGGFAST, Contender, find, rivals
-from vggfast.bench.machine import Activity
+from vggfast.bench.machine import Activity, check_proc
 from vggfast.bench.stats import spread
 from vggfast.bench.verdict import judge
 
@@ -105,6 +105,7 @@ class Lab:
     """Workers, and the files they share, for a run of measurements. A context manager."""
 
     def __init__(self, threads: int, listener: Listener | None = None) -> None:
+        check_proc()
         self.threads = threads
         self.listener = listener or Listener()
         self._folder = Path(tempfile.mkdtemp(prefix="vggfast-bench-"))
