@@ -204,6 +204,20 @@ def test_compiled_in_one_graph() -> None:
     assert all(error(a, b.double()) <= WINOGRAD_BOUND for a, b in zip(*results, strict=True))
 
 
+def test_frozen_classifiers_taps_are_captured_in_one_graph() -> None:
+    """Without gradients nothing but the taps themselves keeps the classifier's layers from writing over them."""
+    torch._dynamo.reset()
+    x = normal(2, 3, 32, 32)
+    network = vggfast.features(narrow_vgg(), ["relu1_1", "relu6"]).requires_grad_(False)
+    captured = (
+        torch.compile(network, fullgraph=True, backend="aot_eager"),
+        torch.export.export(network, (x,), strict=True).module(),
+    )
+    for call in captured:
+        for name, tap in call(x).items():
+            torch.testing.assert_close(tap, network(x)[name])
+
+
 def test_no_tap_is_overwritten_where_torch_fx_traces() -> None:
     network, x = vggfast.features(narrow_vgg(), ["conv1_1", "relu1_1", "fc6", "relu6"]), normal(2, 3, 32, 32)
     traced, found = torch.fx.symbolic_trace(network)(x), network(x)

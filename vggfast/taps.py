@@ -84,7 +84,7 @@ class Features(nn.Module):
             x = self.avgpool(state.as_in_torch())
             x = x if isinstance(self.avgpool, PoolToGrid) else x.flatten(1)
             # Average pooling to the size that is there already, and flattening, may return what is a tap.
-            self._run("classifier", State(x, keep=state.keep or bool(found)), found)
+            self._run("classifier", State(x, keep=state.keep or len(found) > 0), found)
         return {name: found[name] for name in self.taps}
 
     def _run(self, part: str, state: State, found: dict[str, Tensor]) -> State:
