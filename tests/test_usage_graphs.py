@@ -8,7 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from usage_reference import assert_same, backward, image, layers, pair
 
 from vggfast import VGG11, FusedSequential
@@ -46,6 +48,54 @@ def test_compile_with_dynamic_sizes_compiles_once() -> None:
     for n, size in ((2, 18), (3, 20), (5, 24), (2, 14)):
         assert_same(backward(network, compiled, image(n=n, size=size)), backward(plain, x=image(n=n, size=size)))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(("child", "method"), [(2, "_conv_forward"), (2, "forward"), (3, "forward"), (4, "forward")])
+def test_compiled_graphs_notice_methods_of_objects_replaced_later(child: int, method: str) -> None:
+    torch._dynamo.reset()
+    fused, plain = pair()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    assert_same(backward(fused, compiled), backward(plain))
+    for network in (fused, plain):
+        original = getattr(network[child], method)
+        setattr(network[child], method, lambda *args, original=original: 2 * original(*args))
+    assert_same(backward(fused, compiled), backward(plain))
+    for network in (fused, plain):
+        delattr(network[child], method)
+    assert_same(backward(fused, compiled), backward(plain))
+
+
+def test_compiled_graphs_notice_patched_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    fused, plain = pair()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    assert_same(backward(fused, compiled), backward(plain))
+    monkeypatch.setattr(F, "relu", lambda x, inplace=False: 2 * x)
+    assert_same(backward(fused, compiled), backward(plain))
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        y = function(*args, **(kwargs or {}))
+        return 2 * y if function is torch.conv2d else y
+
+
+def test_compiled_graphs_obey_function_modes() -> None:
+    torch._dynamo.reset()
+    fused, plain = pair()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    assert_same(backward(fused, compiled), backward(plain))
+    with Doubled():
+        assert_same([compiled(image()).detach()], [plain(image()).detach()])
+
+
+def test_a_default_device_leaves_compiled_graphs_fused() -> None:
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+    compiled = torch.compile(pair()[0], fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with torch.device("cpu"):
+        compiled(image())
+    assert str(graphs[0].graph).count("torch.ops.vggfast.conv3x3") == 3
 
 
 @pytest.mark.parametrize("way", ["fx", "trace", "script", "export", "export, dynamic"])

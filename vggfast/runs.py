@@ -126,8 +126,9 @@ def context_obstacle() -> str:
         return "global module hooks are registered"
     if any(getattr(owner, name) is not method for owner, name, method in _METHODS):
         return "a torch.nn class was patched"
-    watched = "" if torch.compiler.is_compiling() else _watched()
-    return watched or dispatch.why_not_transforms()
+    if any(getattr(owner, name) is not function for owner, name, function in _FUNCTIONS):
+        return "a function of torch.nn was patched"
+    return _watched() or dispatch.why_not_transforms()
 
 
 def subclass_obstacle(x: Any) -> str:
@@ -143,14 +144,12 @@ def subclass_obstacle(x: Any) -> str:
 
 def _watched() -> str:
     """Why torch's own operators must run, for somebody who looks at each or puts another in its place, or ""."""
-    if torch._C._len_torch_dispatch_stack():
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode is active: it sees torch's own operators"
     if torch._C._len_torch_function_stack():
         modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         if any(type(mode) is not DeviceContext for mode in modes):  # which torch.set_default_device leaves on
             return "a TorchFunctionMode is active: it sees torch's own functions"
-    if any(getattr(owner, name) is not function for owner, name, function in _FUNCTIONS):
-        return "a function of torch.nn was patched"
     return ""
 
 
@@ -164,9 +163,15 @@ def child_obstacle(module: nn.Module) -> str:
         return "is None"  # which torch calls, too, and so raises its TypeError
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
-    if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
+    if _replaced(module, "forward") or (isinstance(module, nn.Conv2d) and _replaced(module, "_conv_forward")):
         return "its forward was replaced"
     return ""
+
+
+def _replaced(module: nn.Module, method: str) -> bool:
+    """Whether `module` has a `method` of its own in place of its class's."""
+    # Read first: a compiled graph is made anew where an attribute that was read is another, not where `__dict__` is.
+    return getattr(module, method) is None or method in module.__dict__
 
 
 def geometry_obstacle(conv: nn.Conv2d, weight: Tensor) -> str:
