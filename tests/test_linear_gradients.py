@@ -46,6 +46,15 @@ def test_of_the_second_order_through_every_operand() -> None:
         assert float((ours.double() - exact).norm()) <= 1e-5 * float(exact.norm())
 
 
+def test_of_the_second_order_wherever_torch_has_one() -> None:
+    """Zeros for the bias of a layer with ReLU, not None."""
+    for linear in (lambda *operands: F.relu(F.linear(*operands)), lambda *operands: ops.linear(*operands, relu=True)):
+        x, weight, bias = leaves()
+        (first,) = torch.autograd.grad(linear(x, weight, bias).sum(), x, create_graph=True)
+        again = torch.autograd.grad(first.square().sum(), (x, weight, bias))
+        assert [bool(t.any()) for t in again] == [False, True, False]
+
+
 def test_of_the_second_order_under_autocast() -> None:
     """The weights are float32 still, the gradient of the output is not."""
 

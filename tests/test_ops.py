@@ -268,6 +268,16 @@ def test_gradient_penalty(config: Config, relu: bool, pool: bool) -> None:
         )  # sin' and two passes add to each other
 
 
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_gradient_penalty_has_a_gradient_wherever_torchs_has_one(pool: bool) -> None:
+    """Zeros for a bias, which only decides where ReLU cuts off, not None, for which `torch.autograd.grad` has an error."""
+    for function in (composition, ops.conv3x3):
+        x, weight, bias = (t.requires_grad_() for t in problem(2, 5, 6, 8, 9))
+        (first,) = torch.autograd.grad(function(x, weight, bias, relu=True, pool=pool).sum(), x, create_graph=True)
+        again = torch.autograd.grad(first.square().sum(), (x, weight, bias))
+        assert [bool(t.any()) for t in again] == [False, True, False]
+
+
 def test_double_backward_of_a_pool() -> None:
     def second(function) -> Tensor:  # type: ignore[no-untyped-def]
         x = normal(2, 5, 7, 6, grad=True)

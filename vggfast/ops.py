@@ -177,6 +177,15 @@ def _unpool(grad: Tensor, argmax: Tensor, h: int, w: int) -> Tensor:
     return F.pad(windows, (0, w - 2 * pw, 0, h - 2 * ph))
 
 
+def _before_relu(grad: Tensor, y: Tensor) -> Tensor:
+    """The gradient before the ReLU that gave ``y``, as torch has it: its own derivative by ``y`` is zeros, not none.
+
+    So whatever ``y`` depends on, a bias too, has a second derivative, which ``torch.autograd.grad`` asks for.
+    """
+    before: Tensor = torch.ops.aten.threshold_backward(grad, y, 0)
+    return before
+
+
 def _differentiated() -> bool:
     """Whether a backward pass is itself differentiated: it then consists of torch's own operations, which have all derivatives."""
     return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
@@ -250,7 +259,7 @@ def _composed_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients asked for, from torch's own operations: differentiable where gradients are recorded."""
     if y is not None:
-        grad = torch.where(y.detach() <= 0, torch.zeros_like(grad), grad)
+        grad = _before_relu(grad, y)
     if argmax is not None:
         grad = _unpool(grad, argmax, h, w) if _differentiated() else _ops.max_pool2x2_grad(grad, argmax, h, w)
     n, c_out = grad.shape[:2]
@@ -305,7 +314,7 @@ def _backward_linear(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]
     if _differentiated():
         late_gradients.made_at_once(ctx.late)
         if y is not None:
-            grad = torch.where(y.detach() <= 0, torch.zeros_like(grad), grad)
+            grad = _before_relu(grad, y)
         grad_x = grad @ weight.to(grad.dtype) if needs_x else None
         return grad_x, grad.t() @ x if needs_weight else None, grad.sum(0) if needs_bias else None, None
     if needs_x:
