@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from test_train import StopAt, _one_thread, tiny_fit, tiny_model  # noqa: F401 (the fixture is every test's)
 
-from vggfast.recipes import checkpoint, curve
+from vggfast.atomic_files import atomic_write
+from vggfast.recipes import curve
 from vggfast.recipes import train as training
 from vggfast.recipes.schedule import learning_rate_factor
 from vggfast.recipes.train import Epoch, Listener, TrainConfig, Trainer, fit
@@ -93,7 +94,7 @@ def test_a_file_is_replaced_and_never_written_over(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: done.append(os.path.realpath(f"/proc/self/fd/{file}")) or fsync(file))
     monkeypatch.setattr(os, "replace", lambda *names: done.append("replace") or replace(*names))
     with path.open() as reader:
-        with checkpoint.atomic_write(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("new")
         assert reader.read() == "old"
     assert path.read_text() == "new"

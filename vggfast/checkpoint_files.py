@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vggfast import keras_weights
+from vggfast.atomic_files import atomic_write
 
 SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt", ".bin", *keras_weights.SUFFIXES)
 _WRAPPERS = ("state_dict", "model", "model_state_dict")  # training checkpoints keep the state_dict under one of these
@@ -148,15 +149,8 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, about: Mapping[st
 
     Raises OSError where the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
+    with atomic_write(path) as temporary:
         try:
             save_tensors(state, temporary, about)
         except OSError as error:
             raise OSError(f"cannot write {path}: {error}") from error
-        temporary.chmod(mode)  # safetensors writes files that only their owner can read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -14,11 +14,13 @@ import json
 import os
 import subprocess
 from collections.abc import Iterable
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from vggfast.atomic_files import atomic_write
 from vggfast.bench import BenchError, machine
 from vggfast.bench.cases import BUFFERS
 from vggfast.bench.contenders import ALLOCATOR
@@ -86,14 +88,10 @@ def save(data: Json, path: Path) -> None:
     text = json.dumps(_rounded(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     check_writable(path)
     device = path.exists() and not path.is_file()  # as /dev/stdout, which a file must not replace
-    temporary = path if device else path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        if not device:
-            temporary.replace(path)
+        with nullcontext(path) if device else atomic_write(path) as file:
+            file.write_text(text, encoding="utf-8")
     except OSError as error:
-        if not device:
-            temporary.unlink(missing_ok=True)
         raise BenchError(f"{path}: cannot be written ({error.strerror}); choose another file") from error
 
 

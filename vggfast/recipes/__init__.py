@@ -1,4 +1,4 @@
-"""Training recipes: `data` (what to train on), `train` (the loop), `checkpoint` (atomic files), `curve` (the plot).
+"""Training recipes: `data` (what to train on), `train` (the loop), `checkpoint` (what `--resume` reads), `curve` (the plot).
 
 `vggfast.recipes.train.fit(TrainConfig(...))` is the whole of it; `python -m vggfast train` is the same call.
 """

@@ -1,6 +1,5 @@
-"""Files that are either the old version or the new one, never half of one; and checkpoints written that way."""
+"""Checkpoints of training runs: written whole or not at all, and checked when read."""
 
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vggfast.atomic_files import atomic_write
 from vggfast.recipes import RecipeError
 
 FORMAT = "vggfast checkpoint 2"
@@ -17,51 +17,21 @@ KEYS = ("config", "progress", "history", "model", "average", "optimizer", "sched
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary file beside `path` to write to; on success it becomes `path`, on an exception it is removed.
-
-    The rename is atomic because both names are in one directory, and durable because the data are on the disk before
-    the rename and the directory after it. Raises RecipeError where the disk refuses (full, read-only, ...).
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def output_file(path: Path) -> Iterator[Path]:
+    """`atomic_write` to a file of a run's output folder. Raises RecipeError where the disk refuses."""
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors writes files that only their owner can read
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
+        with atomic_write(path) as temporary:
+            yield temporary
     except OSError as error:
         raise RecipeError(
             f"cannot write {path} ({error}). What was there before is untouched; free some space or choose another "
             "--output, then go on with --resume"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Delete the temporary files that runs killed while writing `path` left beside it; not those of a run that lives."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        process = leftover.name.split(".")[-2]
-        if not (process.isdecimal() and _lives(int(process))):
-            leftover.unlink(missing_ok=True)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return process != os.getpid()
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write `state` (a dict with the entries of `KEYS`) to `path`, atomically. Raises RecipeError if the disk refuses."""
-    with atomic_write(path) as temporary:
+    with output_file(path) as temporary:
         try:
             torch.save({"format": FORMAT, **state}, temporary)
         except RuntimeError as error:  # torch's zip writer reports a full disk so
@@ -133,11 +103,3 @@ def load_weights_into(model: nn.Module, state: Mapping[str, Tensor], path: Path)
                 "data, of the run that wrote it, or start again with --overwrite"
             )
     model.load_state_dict(dict(state))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vggfast.recipes.checkpoint import atomic_write
+from vggfast.recipes.checkpoint import output_file
 
 if TYPE_CHECKING:
     from vggfast.recipes.trainer import Epoch
@@ -53,5 +53,5 @@ def plot(history: Sequence["Epoch"], path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(printable(title))
-    with atomic_write(path) as temporary:
+    with output_file(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import vggfast.models
+from vggfast.atomic_files import remove_leftovers
 from vggfast.checkpoint_files import save_tensors
 from vggfast.recipes import RecipeError, checkpoint, curve, warm_start
 from vggfast.recipes import data as datasets
@@ -180,8 +181,8 @@ def prepare_output(output: Path, resume: bool, overwrite: bool) -> Path:
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name in (CHECKPOINT, WEIGHTS, METRICS, CURVE):
-            checkpoint.remove_leftovers(output / name)
-        with checkpoint.atomic_write(output / ".writable"):
+            remove_leftovers(output / name)
+        with checkpoint.output_file(output / ".writable"):
             pass
         (output / ".writable").unlink()
     except (OSError, RecipeError) as error:
@@ -221,7 +222,7 @@ def write_metrics(trainer: Trainer) -> None:
     if not trainer.processes.first:
         return
     with (
-        checkpoint.atomic_write(Path(trainer.config.output) / METRICS) as temporary,
+        checkpoint.output_file(Path(trainer.config.output) / METRICS) as temporary,
         temporary.open("w", newline="") as file,
     ):
         table = csv.DictWriter(file, [field.name for field in dataclasses.fields(Epoch)])
@@ -257,5 +258,5 @@ def write_weights(trainer: Trainer) -> None:
     }
     if trainer.config.data in RECIPES:
         about["preprocessing"]["scale"] = trainer.config.size  # trained on whole images: nothing is to be cropped
-    with checkpoint.atomic_write(Path(trainer.config.output) / WEIGHTS) as temporary:
+    with checkpoint.output_file(Path(trainer.config.output) / WEIGHTS) as temporary:
         save_tensors(trainer.tested.state_dict(), temporary, about)
