@@ -195,17 +195,21 @@ def _alone_in(output: Path) -> Iterator[None]:
     """Keep other runs out of the folder; RecipeError where one is in it. Where a file system has no locks nothing is kept."""
     folder = os.open(output, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RecipeError(
-                f"{output}: another run is writing there. Wait for its end, or choose another --output"
-            ) from error
-        except OSError:
-            pass
+        _lock(folder, output)
         yield
     finally:
         os.close(folder)  # and with it the lock
+
+
+def _lock(folder: int, output: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RecipeError(
+            f"{output}: another run is writing there. Wait for its end, or choose another --output"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
 
 
 def _check_place(config: TrainConfig) -> None:
