@@ -6,10 +6,8 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +24,7 @@ import vggfast.recipes.commands
 from vggfast import _C, cuda_plan, switches
 from vggfast.bench import machine
 from vggfast.recipes import RecipeError
-from vggfast.recipes.config import MODELS, AmpName, ModelName, PresetName, TrainConfig
+from vggfast.recipes.config import MODELS, ModelName
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 CORES = machine.cores()
@@ -42,10 +40,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path's bytes that are no UTF-8 are shown as \\udce9
     try:
-        try:
-            app(prog_name="vggfast")
-        finally:
-            sys.stdout.flush()
+        _run_and_flush()
     except OSError as error:
         if error.filename is not None or error.errno not in NO_OUTPUT:
             raise
@@ -54,6 +49,13 @@ def main() -> None:
         if not isinstance(error, BrokenPipeError):  # who reads no further wants no message
             typer.echo(f"error: the output cannot be written: {error.strerror}", err=True)
         sys.exit(1)
+
+
+def _run_and_flush() -> None:
+    try:
+        app(prog_name="vggfast")
+    finally:
+        sys.stdout.flush()
 
 
 @contextmanager
@@ -235,10 +237,6 @@ def _print_roofline(explanation: vggfast.Explanation, as_json: bool) -> None:
     )
 
 
-for _command in (vggfast.recipes.commands.evaluate, vggfast.recipes.commands.predict):
-    app.command()(errors_for_users()(_command))
-
-
 @app.command()
 def bench(
     model: Annotated[Literal["vgg11", "vgg13", "vgg16", "vgg19"], typer.Option(help="The network.")] = "vgg16",
@@ -281,125 +279,5 @@ def bench(
         raise typer.Exit(1)
 
 
-TrainDataOption = Annotated[
-    str | None,
-    typer.Option(
-        help="digits, mnist, fake, a folder with train/<class>/ and val/<class>/, or shards: 'x-{000..003}.tar'."
-    ),
-]
-RecipeOption = Annotated[
-    PresetName | None,
-    typer.Option(
-        "--recipe",
-        help="The paper's, the default of folders and shards, or today's. digits, mnist and fake keep their model, size and augmentation with either.",
-    ),
-]
-WeightsOption = Annotated[
-    str | None,
-    typer.Option(help="Trained weights of the same network to start from: a file, a URL, or as VGG16_Weights.DEFAULT."),
-]
-WarmStartOption = Annotated[
-    str | None,
-    typer.Option(help="Checkpoint of a vgg11 whose first four convolutions and FC layers to start from."),
-]
-GradientCheckpointingOption = Annotated[
-    bool | None, typer.Option("--gradient-checkpointing", help="Save memory: compute activations twice.")
-]
-CropScaleOption = Annotated[
-    str | None, typer.Option(help="Shorter edge that the paper's recipe crops from: 256, or 256-512.")
-]
-LimitOption = Annotated[
-    int | None, typer.Option(min=1, help="Use at most so many images of each part, training and held out.")
-]
-SaveEveryOption = Annotated[
-    int | None, typer.Option(min=1, help="Write a checkpoint every so many steps too, not only after each epoch.")
-]
-TensorBoardOption = Annotated[bool | None, typer.Option("--tensorboard", help="Write metrics for TensorBoard, too.")]
-
-
-@app.command()
-def train(
-    data: TrainDataOption = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the results.  \\[default: runs/<data>]")] = None,
-    val: Annotated[str | None, typer.Option(help="Folder or shards of held-out images, if not in --data.")] = None,
-    preset: RecipeOption = None,
-    model: Annotated[ModelName | None, typer.Option(help="The model.")] = None,
-    weights: WeightsOption = None,
-    warm_start: WarmStartOption = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step, of all processes.")] = None,
-    accumulate: Annotated[int | None, typer.Option(min=1, help="Pieces to cut a step into, to save memory.")] = None,
-    gradient_checkpointing: GradientCheckpointingOption = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate at its peak.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(min=0, help="L2 penalty.")] = None,
-    ema: Annotated[float | None, typer.Option(min=0, help="Decay of an average of the weights; 0: none.")] = None,
-    size: Annotated[int | None, typer.Option(min=32, help="Height and width of the images.")] = None,
-    scale: CropScaleOption = None,
-    limit: LimitOption = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
-    amp: Annotated[AmpName | None, typer.Option(help="Mixed precision.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images.")] = None,
-    save_every: SaveEveryOption = None,
-    tensorboard: TensorBoardOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
-) -> None:
-    """Train a VGG; options left out are the recipe's for the data or, with --resume, those of the run it goes on with.
-
-    Leaves checkpoint.pt, model.safetensors, metrics.csv and curve.png in the output folder. Stopped at any moment,
-    it goes on from its last checkpoint with --resume. Under torchrun all processes train one model.
-    """
-    options: dict[str, Any] = {
-        "model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
-        "size": size, "limit": limit, "seed": seed, "device": device, "amp": amp, "threads": threads,
-        "workers": workers, "save_every": save_every, "val": val, "weights": weights, "warm_start": warm_start, "accumulate": accumulate,
-        "gradient_checkpointing": gradient_checkpointing, "ema": ema, "scale": scale, "tensorboard": tensorboard,
-    }  # fmt: skip
-    said = {name: value for name, value in options.items() if value is not None}
-    with errors_for_users():
-        if resume and preset:
-            raise RecipeError("--resume goes on with the recipe that the run was started with; leave out --recipe")
-        _train(data, output, preset, said, resume, overwrite)
-
-
-def _train(
-    data: str | None, output: Path | None, preset: str | None, said: dict[str, Any], resume: bool, overwrite: bool
-) -> None:
-    from vggfast.allocator import keep_freed_memory
-    from vggfast.recipes.distributed import rank
-    from vggfast.recipes.progress import ProgressBar
-    from vggfast.recipes.train import fit
-
-    shown = Console(soft_wrap=True, quiet=True) if rank() else console  # under torchrun one process speaks
-    if data is not None and not data.strip():
-        raise RecipeError("--data: expected digits, mnist, fake, a folder or shards, got nothing")
-    folder = str(output or TrainConfig.recipe(data or "digits").output)
-    started = time.time()
-    if resume:
-        config = TrainConfig.resumed(folder, **said, **({"data": data} if data else {}))
-    else:
-        config = TrainConfig.recipe(data or "digits", preset, **said, output=folder)
-    keep_freed_memory()
-    try:
-        with ProgressBar(shown) as bar:
-            result = fit(config, resume=resume, overwrite=overwrite, listener=bar)
-    except KeyboardInterrupt:
-        saved = Path(folder) / "checkpoint.pt"
-        if resume or (saved.exists() and saved.stat().st_mtime >= started):
-            way = f"go on with: vggfast train --output {shlex.quote(folder)} --resume"
-        else:
-            way = f"it had saved nothing yet{f', and {saved} is of a run before' if saved.exists() else ''}"
-        typer.echo(f"interrupted; {way}", err=True)
-        raise typer.Exit(130) from None
-    shown.print(f"test accuracy {result.test_accuracy:.2%}", style="bold", highlight=False)
-    if skipped := result.history[-1].unreadable:
-        shown.print(f"unreadable images skipped in the last epoch: {skipped:,}", style="bold red")
-    for what, path in (
-        ("learning curve", result.curve),
-        ("metrics", result.metrics),
-        ("weights", result.weights),
-        ("checkpoint", result.checkpoint),
-    ):
-        shown.print(f"{what + ':':<16}{path}", highlight=False, markup=False)
+for _command in (vggfast.recipes.commands.train, vggfast.recipes.commands.evaluate, vggfast.recipes.commands.predict):
+    app.command()(errors_for_users()(_command))

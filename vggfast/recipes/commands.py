@@ -1,6 +1,8 @@
-"""The commands `evaluate` and `predict`: options in, tables or JSON out."""
+"""The commands `train`, `evaluate` and `predict`: options in, tables or JSON out."""
 
 import json
+import shlex
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,12 +16,14 @@ from rich.text import Text
 from vggfast.allocator import keep_freed_memory
 from vggfast.loading import LoadedModel
 from vggfast.recipes import RecipeError
-from vggfast.recipes.config import AMP_DTYPES, MOST_THREADS
+from vggfast.recipes import train as training
+from vggfast.recipes.config import AMP_DTYPES, MOST_THREADS, AmpName, ModelName, PresetName, TrainConfig
+from vggfast.recipes.distributed import rank
 from vggfast.recipes.evaluate import BUILT_IN, Evaluation, Labelled, find
 from vggfast.recipes.evaluate import evaluate as run_evaluation
 from vggfast.recipes.predict import default_scales, default_size, open_model
 from vggfast.recipes.predict import predict as run_prediction
-from vggfast.recipes.train import choose_device
+from vggfast.recipes.progress import ProgressBar
 from vggfast.recipes.views import Views
 
 WeightsOption = Annotated[
@@ -50,7 +54,123 @@ PreprocessingOption = Annotated[
     typer.Option(help="How images are normalised, where the checkpoint is wrong about it; caffe is BGR less its mean."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TrainDataOption = Annotated[
+    str | None,
+    typer.Option(
+        help="digits, mnist, fake, a folder with train/<class>/ and val/<class>/, or shards: 'x-{000..003}.tar'."
+    ),
+]
+RecipeOption = Annotated[
+    PresetName | None,
+    typer.Option(
+        "--recipe",
+        help="The paper's, the default of folders and shards, or today's. digits, mnist and fake keep their model, size and augmentation with either.",
+    ),
+]
+StartWeightsOption = Annotated[
+    str | None,
+    typer.Option(help="Trained weights of the same network to start from: a file, a URL, or as VGG16_Weights.DEFAULT."),
+]
+WarmStartOption = Annotated[
+    str | None,
+    typer.Option(help="Checkpoint of a vgg11 whose first four convolutions and FC layers to start from."),
+]
+GradientCheckpointingOption = Annotated[
+    bool | None, typer.Option("--gradient-checkpointing", help="Save memory: compute activations twice.")
+]
+CropScaleOption = Annotated[
+    str | None, typer.Option(help="Shorter edge that the paper's recipe crops from: 256, or 256-512.")
+]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, help="Use at most so many images of each part, training and held out.")
+]
+SaveEveryOption = Annotated[
+    int | None, typer.Option(min=1, help="Write a checkpoint every so many steps too, not only after each epoch.")
+]
+TensorBoardOption = Annotated[bool | None, typer.Option("--tensorboard", help="Write metrics for TensorBoard, too.")]
+
+
+def train(
+    data: TrainDataOption = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results.  \\[default: runs/<data>]")] = None,
+    val: Annotated[str | None, typer.Option(help="Folder or shards of held-out images, if not in --data.")] = None,
+    preset: RecipeOption = None,
+    model: Annotated[ModelName | None, typer.Option(help="The model.")] = None,
+    weights: StartWeightsOption = None,
+    warm_start: WarmStartOption = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step, of all processes.")] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Pieces to cut a step into, to save memory.")] = None,
+    gradient_checkpointing: GradientCheckpointingOption = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate at its peak.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0, help="L2 penalty.")] = None,
+    ema: Annotated[float | None, typer.Option(min=0, help="Decay of an average of the weights; 0: none.")] = None,
+    size: Annotated[int | None, typer.Option(min=32, help="Height and width of the images.")] = None,
+    scale: CropScaleOption = None,
+    limit: LimitOption = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    amp: Annotated[AmpName | None, typer.Option(help="Mixed precision.")] = None,
+    threads: ThreadsOption = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images.")] = None,
+    save_every: SaveEveryOption = None,
+    tensorboard: TensorBoardOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+) -> None:
+    """Train a VGG; options left out are the recipe's for the data or, with --resume, those of the run it goes on with.
+
+    Leaves checkpoint.pt, model.safetensors, metrics.csv and curve.png in the output folder. Stopped at any moment,
+    it goes on from its last checkpoint with --resume. Under torchrun all processes train one model.
+    """
+    options: dict[str, Any] = {
+        "model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
+        "size": size, "limit": limit, "seed": seed, "device": device, "amp": amp, "threads": threads,
+        "workers": workers, "save_every": save_every, "val": val, "weights": weights, "warm_start": warm_start, "accumulate": accumulate,
+        "gradient_checkpointing": gradient_checkpointing, "ema": ema, "scale": scale, "tensorboard": tensorboard,
+    }  # fmt: skip
+    said = {name: value for name, value in options.items() if value is not None}
+    if resume and preset:
+        raise RecipeError("--resume goes on with the recipe that the run was started with; leave out --recipe")
+    _train(data, output, preset, said, resume, overwrite)
+
+
+def _train(
+    data: str | None, output: Path | None, preset: str | None, said: dict[str, Any], resume: bool, overwrite: bool
+) -> None:
+    shown = Console(soft_wrap=True, quiet=rank() > 0)  # under torchrun one process speaks
+    if data is not None and not data.strip():
+        raise RecipeError("--data: expected digits, mnist, fake, a folder or shards, got nothing")
+    folder = str(output or TrainConfig.recipe(data or "digits").output)
+    started = time.time()
+    if resume:
+        config = TrainConfig.resumed(folder, **said, **({"data": data} if data else {}))
+    else:
+        config = TrainConfig.recipe(data or "digits", preset, **said, output=folder)
+    keep_freed_memory()
+    try:
+        with ProgressBar(shown) as bar:
+            result = training.fit(config, resume=resume, overwrite=overwrite, listener=bar)
+    except KeyboardInterrupt:
+        saved = Path(folder) / "checkpoint.pt"
+        if resume or (saved.exists() and saved.stat().st_mtime >= started):
+            way = f"go on with: vggfast train --output {shlex.quote(folder)} --resume"
+        else:
+            way = f"it had saved nothing yet{f', and {saved} is of a run before' if saved.exists() else ''}"
+        typer.echo(f"interrupted; {way}", err=True)
+        raise typer.Exit(130) from None
+    shown.print(f"test accuracy {result.test_accuracy:.2%}", style="bold", highlight=False)
+    if skipped := result.history[-1].unreadable:
+        shown.print(f"unreadable images skipped in the last epoch: {skipped:,}", style="bold red")
+    for what, path in (
+        ("learning curve", result.curve),
+        ("metrics", result.metrics),
+        ("weights", result.weights),
+        ("checkpoint", result.checkpoint),
+    ):
+        shown.print(f"{what + ':':<16}{path}", highlight=False, markup=False)
 
 
 def evaluate(
@@ -75,7 +195,7 @@ def evaluate(
     preprocessing: PreprocessingOption = None,
     device: DeviceOption = "auto",
     amp: Annotated[Literal["none", "bf16", "fp16"], typer.Option(help="Mixed precision.")] = "none",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: ThreadsOption = None,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read images.")] = 2,
     as_json: JsonOption = False,
 ) -> None:
@@ -125,7 +245,7 @@ def predict(
     flip: FlipOption = False,
     preprocessing: PreprocessingOption = None,
     device: DeviceOption = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """The most likely classes of each image, with their names and probabilities.
@@ -157,10 +277,8 @@ def _prepare(
     weights: list[str], preprocessing: str | None, device: str, threads: int | None
 ) -> tuple[torch.device, list[LoadedModel]]:
     keep_freed_memory()
-    place = choose_device(device)
+    place = training.choose_device(device)
     if threads is not None:
-        if threads > MOST_THREADS:
-            raise RecipeError(f"--threads: expected at most {MOST_THREADS}, got {threads}")
         torch.set_num_threads(threads)
     return place, [open_model(each, preprocessing) for each in weights]
 
