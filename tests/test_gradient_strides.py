@@ -119,3 +119,16 @@ def test_gradients_of_channels_last_filters_of_one_channel(channels: tuple[int, 
         loss.backward()
         strides.append((gradient.stride(), network[0].weight.grad.stride()))
     assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
+def test_many_gradients_at_once(weights: torch.memory_format) -> None:
+    x = image().to(memory_format=torch.channels_last).requires_grad_()
+    network = pair()[0].to(memory_format=weights)
+    y = network(x)
+    directions = torch.stack([torch.ones_like(y), y.detach()])
+    for leaf in (x, *network.parameters()):
+        batched = torch.autograd.grad(y, leaf, directions, is_grads_batched=True, retain_graph=True)[0]
+        each = [torch.autograd.grad(y, leaf, direction, retain_graph=True)[0] for direction in directions]
+        torch.testing.assert_close(batched, torch.stack(each))
+    assert torch.autograd.grad(y.sum(), x)[0]._base is None  # autograd adds to no view in place

@@ -242,5 +242,9 @@ def in_layout(t: Tensor | None, channels_last: bool) -> Tensor | None:
     """`t` [N, C, H, W] in channels_last memory, or as `contiguous` makes it."""
     if t is None:
         return None
-    # Not by memory_format, which vmap does not know.
-    return contiguous(t.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if channels_last else contiguous(t)
+    if not channels_last:
+        return contiguous(t)
+    # Not by memory_format, which vmap does not know; and no view where none is needed, since autograd adds to none in place.
+    nhwc = t.permute(0, 2, 3, 1)
+    dense = contiguous(nhwc)
+    return t if dense is nhwc else dense.permute(0, 3, 1, 2)

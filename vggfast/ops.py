@@ -216,35 +216,31 @@ def _backward_conv3x3(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[
         )
     needs_x, needs_weight, needs_bias = ctx.needs  # ctx.needs_input_grad is not safe in two threads over one graph
     if _differentiated():
-        grad_x, grad_weight, grad_bias = _composed_backward(x, weight, y, argmax, grad, h, w, ctx.needs)
-        grad_weight = dispatch.in_layout(grad_weight, ctx.weight_channels_last)
-        return dispatch.in_layout(grad_x, not ctx.contiguous), grad_weight, grad_bias, None, None, None
-    c = x.shape[1] if weight is None else weight.shape[1]
-    no_input, no_weight = _steps_without_kernel(
-        Problem(grad.shape[0], c, grad.shape[1], h, w, ctx.pool, grad.dtype), grad.device
-    )
-    by_aten = (needs_x and no_input, needs_weight and no_weight, needs_bias and no_weight)
+        no_input = no_weight = True
+    else:
+        c = x.shape[1] if weight is None else weight.shape[1]
+        problem = Problem(grad.shape[0], c, grad.shape[1], h, w, ctx.pool, grad.dtype)
+        no_input, no_weight = _steps_without_kernel(problem, grad.device)
     grad_x = grad_weight = grad_bias = None
-    if any(by_aten):
-        grad_x, grad_weight, grad_bias = _composed_backward(x, weight, y, argmax, grad, h, w, by_aten)
+    composed = (needs_x and no_input, needs_weight and no_weight, needs_bias and no_weight)
+    if any(composed):
+        grad_x, grad_weight, grad_bias = _composed_backward(x, weight, y, argmax, grad, h, w, composed)
     if needs_x and not no_input:
         grad_x = _ops.conv3x3_grad_input(grad, weight, y, argmax, h, w)
-        if ctx.contiguous:  # as torch's is: people write grad.view(n, -1)
-            grad_x = dispatch.contiguous(grad_x)
     if (needs_weight or needs_bias) and not no_weight:
         grad_weight, grad_bias = _ops.conv3x3_grad_weight(x, grad, y, argmax)
-        if ctx.weight_channels_last and needs_weight:  # as torch's; it is then what becomes `.grad`, without a copy
-            grad_weight = dispatch.in_channels_last(grad_weight)
-    return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
+    # As torch's are: people write grad.view(n, -1), and a weight's gradient then becomes `.grad` without a copy.
+    grad_x = dispatch.in_layout(grad_x, not ctx.contiguous)
+    grad_weight = dispatch.in_layout(grad_weight, ctx.weight_channels_last) if needs_weight else None
+    return grad_x, grad_weight, grad_bias if needs_bias else None, None, None, None
 
 
 def _steps_without_kernel(problem: Problem, device: torch.device) -> tuple[bool, bool]:
     """Whether the gradient of the input, and those of weight and bias, are left to torch's operations."""
     if device.type == "cpu":
         return False, False
-    return bool(dispatch.why_not_cuda("grad_input", problem, device)), bool(
-        dispatch.why_not_cuda("grad_weight", problem, device)
-    )
+    no_input, no_weight = (dispatch.why_not_cuda(step, problem, device) for step in ("grad_input", "grad_weight"))
+    return bool(no_input), bool(no_weight)
 
 
 def _composed_backward(
