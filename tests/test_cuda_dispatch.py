@@ -167,7 +167,7 @@ def test_uncompiled_fake_tensors_stay_with_torch(a100: None) -> None:
 
 @needs_cuda_build
 def test_kernels_are_named_on_a_cuda_device(a100: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_PLAIN", (FakeTensor,))
+    monkeypatch.setattr(dispatch, "PLAIN", (FakeTensor,))
     assert ops.conv3x3_kernel(*on_cuda()) == (False, "aten", NOT_PROVEN)
     assert ops.max_pool2x2_kernel(on_cuda()[0]) == (False, "aten", NOT_PROVEN)
     switches.set_cuda_plan("sm80")

@@ -8,9 +8,10 @@ from torch import Tensor
 from vggfast import _C, cuda_plan, switches
 from vggfast.cuda_plan import Decision, Gpu, Problem
 
-_DEVICES = ("cpu", "cuda")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# What kernels take, and the types of tensors whose own rules do not matter.
+DEVICES = ("cpu", "cuda")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 LINEAR_ROWS = 16  # max_linear_rows in csrc/linear.h
 LINEAR_WEIGHTS = 1 << 20  # fewer are served from the caches, where torch's matrix product is as fast
 
@@ -43,6 +44,7 @@ def why_not_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, pool: bool) 
 
 
 def why_not_max_pool2x2(x: Tensor) -> str:
+    """Why no fused kernel takes this call; empty if one does."""
     if reason := _why_not_pooled(x):
         return reason
     if x.device.type == "cpu":
@@ -51,16 +53,16 @@ def why_not_max_pool2x2(x: Tensor) -> str:
 
 
 def why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
-    """Why no kernel of ours takes this fully connected layer; empty if one does."""
+    """Why no kernel takes this fully connected layer; empty if one does."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     # First: some, as torch.nn.utils' per-sample gradients, refuse to be asked anything.
-    if not torch.compiler.is_compiling() and any(type(t) not in _PLAIN for t in tensors):
+    if not torch.compiler.is_compiling() and any(type(t) not in PLAIN for t in tensors):
         return "a tensor subclass, whose own rules apply"
     if any(t.device.type != "cpu" or t.layout != torch.strided or t.is_nested for t in tensors):
         return "no kernel for other devices than CPUs, nor for other layouts"
     if reason := switches.why_not_cpu():
         return reason
-    if compute_dtype(x) not in _DTYPES:
+    if compute_dtype(x) not in DTYPES:
         return f"no kernel for {x.dtype}"
     if any(compute_dtype(t) != compute_dtype(x) for t in tensors):
         return "x, weight and bias differ in dtype"
@@ -78,7 +80,7 @@ def why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
 
 
 def decide_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gpu: Gpu | None = None) -> Decision:
-    """The same of ``ops.linear``."""
+    """The kernel of ``ops.linear``; on another GPU there is none."""
     if gpu is not None:
         return Decision(False, "aten", "no kernel for other devices than CPUs")
     if reason := why_not_linear(x, weight, bias):
@@ -103,7 +105,7 @@ def decide_conv3x3(
 
 
 def decide_max_pool2x2(x: Tensor, gpu: Gpu | None = None) -> Decision:
-    """The same of ``ops.max_pool2x2``."""
+    """The kernel of ``ops.max_pool2x2``; `gpu` as for ``decide_conv3x3``."""
     if reason := _why_not_pooled(x):
         return Decision(False, "aten", reason)
     if gpu is not None or x.device.type == "cuda":
@@ -136,7 +138,7 @@ def switched_on() -> str:
 
 
 def _decide_cuda(step: str, problem: Problem, device: torch.device, gpu: Gpu | None) -> Decision:
-    """The same as a `Decision`; for another GPU than the device, with the kernels on."""
+    """What `why_not_cuda` answers, as a `Decision`; for another GPU than the device with the kernels on."""
     plan = switches.cuda_plan() if gpu is None else switched_on()
     return cuda_plan.decide(step, problem, gpu or cuda_plan.gpu_of(device.index), plan, cuda_plan.tf32_obstacle())
 
@@ -146,7 +148,7 @@ def _why_not_operands(x: Tensor, weight: Tensor, bias: Tensor | None, pool: bool
     if reason:
         return reason
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if not torch.compiler.is_compiling() and any(type(t) not in _PLAIN for t in tensors):
+    if not torch.compiler.is_compiling() and any(type(t) not in PLAIN for t in tensors):
         return "weight or bias is a tensor subclass, whose own rules apply"
     if any(t.device != x.device or t.layout != torch.strided for t in tensors):
         return "weight or bias is on another device or not strided"
@@ -161,17 +163,17 @@ def _why_not_operands(x: Tensor, weight: Tensor, bias: Tensor | None, pool: bool
 
 def _why_not_pooled(x: Tensor) -> str:
     reason = _why_not_image(x, pool=True)
-    if not reason and x.dtype not in _DTYPES:  # autocast would cast it for a convolution, not for a pool
+    if not reason and x.dtype not in DTYPES:  # autocast would cast it for a convolution, not for a pool
         return f"no fused kernel for {x.dtype}"
     return reason
 
 
 def _why_not_image(x: Tensor, pool: bool) -> str:
-    if x.device.type not in _DEVICES:
+    if x.device.type not in DEVICES:
         return f"no fused kernel for device {x.device.type}"
     if x.layout != torch.strided or x.is_nested:
         return f"no fused kernel for layout {x.layout}" if not x.is_nested else "no fused kernel for nested tensors"
-    if compute_dtype(x) not in _DTYPES:
+    if compute_dtype(x) not in DTYPES:
         return f"no fused kernel for {x.dtype}"
     if x.dim() != 4:
         return f"x is {list(x.shape)}, not a batch [N, C, H, W]"
@@ -179,7 +181,7 @@ def _why_not_image(x: Tensor, pool: bool) -> str:
         return "x is empty"
     if pool and (x.shape[2] < 2 or x.shape[3] < 2):
         return f"x {list(x.shape)} is too small to pool"
-    if not torch.compiler.is_compiling() and type(x) not in _PLAIN:
+    if not torch.compiler.is_compiling() and type(x) not in PLAIN:
         return f"x is a {type(x).__name__}, whose own rules apply"
     return why_not_transforms()
 

@@ -9,10 +9,8 @@ from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
 
 from vggfast import dispatch, switches
+from vggfast.dispatch import DEVICES, DTYPES, PLAIN
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DEVICES = ("cpu", "cuda")
-_PLAIN = (Tensor, nn.Parameter)
 _ZERO, _ONE, _TWO = (((n, n), n) for n in range(3))  # how modules write a setting of two dimensions
 STAGES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
 # What a patched class would replace; a patch (padding that wraps around, say) must be seen, so it ends fusion.
@@ -94,7 +92,7 @@ def find_run(children: tuple[nn.Module, ...], start: int, x: Any, own: bool = Fa
 
 
 def _find_linear_run(first: nn.Linear, after: tuple[nn.Module, ...], x: Any) -> tuple[Run | None, str]:
-    reason = child_obstacle(first) or ("" if type(x) in _PLAIN else "input is not a plain tensor")
+    reason = child_obstacle(first) or ("" if type(x) in PLAIN else "input is not a plain tensor")
     reason = reason or dispatch.why_not_linear(x, first.weight, first.bias)
     if reason:
         return None, reason
@@ -137,7 +135,7 @@ def subclass_obstacle(x: Any) -> str:
     Within a function of a tensor subclass, as its `backward`, layers return plain tensors where they otherwise return the subclass.
     What is computed again there, for a checkpoint, must save what the first time saved, when all layers got the subclass.
     """
-    if not isinstance(x, Tensor) or type(x) in _PLAIN or torch._C._is_torch_function_enabled():
+    if not isinstance(x, Tensor) or type(x) in PLAIN or torch._C._is_torch_function_enabled():
         return ""
     return "input is not a plain tensor"
 
@@ -189,29 +187,29 @@ def geometry_obstacle(conv: nn.Conv2d, weight: Tensor) -> str:
 
 
 def _input_obstacle(x: Any) -> str:
-    if type(x) not in _PLAIN or x.layout is not torch.strided or x.is_nested:
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested:
         return "input is not a plain tensor"
     if x.dim() != 4 or x.numel() == 0:
         return "input is not a non-empty [N, C, H, W]"
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         return "input is not float32, bfloat16 or float16"
-    if x.device.type not in _DEVICES:
+    if x.device.type not in DEVICES:
         return "input is not on a CPU or CUDA device"
     return switches.why_not_cpu() if x.device.type == "cpu" else ""
 
 
 def _operand_obstacle(weight: Tensor, bias: Tensor | None, x: Tensor) -> str:
     """Why a 3x3 weight and a bias cannot be used on x, which `_input_obstacle` has passed, or ""."""
-    if type(weight) not in _PLAIN or weight.layout is not torch.strided:
+    if type(weight) not in PLAIN or weight.layout is not torch.strided:
         return "weight is not a plain tensor"
     shape, dtype, device = weight.shape, weight.dtype, x.device
     if shape[1] != x.shape[1] or shape[0] == 0 or weight.device != device:
         return "weight does not fit the input"
-    if dtype is not x.dtype and not (dtype in _DTYPES and torch.is_autocast_enabled(device.type)):
+    if dtype is not x.dtype and not (dtype in DTYPES and torch.is_autocast_enabled(device.type)):
         return "weight and input have different dtypes"
     if bias is None:
         return ""
-    if type(bias) not in _PLAIN or bias.shape != shape[:1] or bias.dtype is not dtype or bias.device != device:
+    if type(bias) not in PLAIN or bias.shape != shape[:1] or bias.dtype is not dtype or bias.device != device:
         return "bias does not fit the weight"
     return ""
 
@@ -224,7 +222,7 @@ def _fold_obstacle(bn: nn.BatchNorm2d, weight: Tensor) -> str:
     for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias):
         if t is None:
             continue
-        if type(t) not in _PLAIN or t.shape != weight.shape[:1] or t.device != weight.device:
+        if type(t) not in PLAIN or t.shape != weight.shape[:1] or t.device != weight.device:
             return "BatchNorm does not fit the weight"
         if t.dtype not in (weight.dtype, torch.float32):
             return "BatchNorm has another dtype"
