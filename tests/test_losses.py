@@ -11,22 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from network_reference import error
-from reference import WINOGRAD_BOUND, normal
+from reference import WINOGRAD_BOUND
 from small_vgg import SmallLinear, narrow_vgg
 from torch import Tensor, nn
 
 import vggfast
 from vggfast import distances
-from vggfast.bench.memory import Saved
 from vggfast.losses import LPIPS, Encoded, Perceptual, gram
 
 SMALL = [8, 8, "M", 16, 16, "M", 24, "M"]
 LAYERS = {"relu1_2": 1.0, "conv2_1": 0.5, "pool3": 2.0}
-RULES = {
-    "l1": (distances.Absolute(), F.l1_loss),
-    "l2": (distances.Squared(), F.mse_loss),
-    "huber": (distances.Huber(0.3), lambda a, b, **kw: F.huber_loss(a, b, delta=0.3, **kw)),
-}
+DISTANCES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": lambda a, b: F.huber_loss(a, b, delta=0.3)}
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +63,7 @@ def plain_gram(x: Tensor) -> Tensor:
 def plain_loss(network: nn.Sequential, kind: str, style: dict[str, float]) -> Callable[[Tensor, Tensor], Tensor]:
     def loss(x: Tensor, target: Tensor) -> Tensor:
         ours, theirs = plain_taps(network, x), plain_taps(network, target)
-        terms = [weight * RULES[kind][1](ours[name], theirs[name]) for name, weight in LAYERS.items()]
+        terms = [weight * DISTANCES[kind](ours[name], theirs[name]) for name, weight in LAYERS.items()]
         terms += [weight * F.mse_loss(plain_gram(ours[k]), plain_gram(theirs[k])) for k, weight in style.items()]
         return torch.stack(terms).sum()
 
@@ -78,7 +73,7 @@ def plain_loss(network: nn.Sequential, kind: str, style: dict[str, float]) -> Ca
 # ---- Perceptual ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("style", [{}, {"relu1_1": 1e3, "relu2_2": 1e2}])
 def test_perceptual_is_the_plain_composition(kind: str, style: dict[str, float]) -> None:
     network = small()
@@ -95,7 +90,7 @@ def test_perceptual_is_the_plain_composition(kind: str, style: dict[str, float])
             assert error(c, d) <= 1e-6  # the mean and deviation of the images are in float32
 
 
-@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("kind", DISTANCES)
 def test_reductions_terms_and_ranges(kind: str) -> None:
     network, x, target = small(), images(3), images(3, seed=1)
     whole = Perceptual(network, LAYERS, distance=kind, style=["relu1_1"], reduction="none")
@@ -306,48 +301,6 @@ def test_heads_from_a_file_and_trained(tmp_path: Path) -> None:
     gradients = torch.autograd.grad(loss(x, target), list(loss.heads))
     linear = sum((g * head).sum() for g, head in zip(gradients, loss.heads, strict=True))
     torch.testing.assert_close(linear, doubled(x, target) - expected)
-
-
-# ---- distances -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [*RULES, "unit"])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_distances_in_pieces(name: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values, gradients, and gradients of gradients, calculated in pieces of images and of rows, against autograd on the whole."""
-    rule = RULES[name][0] if name in RULES else distances.Unit()
-    weights = () if name in RULES else (torch.rand(5, dtype=torch.float64),)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    a, b = (normal(3, 5, 4, 3, seed=s).double().to(memory_format=layout).requires_grad_() for s in (0, 1))
-    grad = normal(3, 4, 3, seed=2).double()
-    expected = rule.value(a, b, *weights)
-    gradients = torch.autograd.grad(expected, (a, b), grad)
-    for piece in (1, 40, 130, 1 << 19):
-        monkeypatch.setattr(distances, "PIECE", piece)
-        found = distances.rows(rule, a, b, *weights)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(torch.autograd.grad(found, (a, b), grad), gradients, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradgradcheck(lambda a, b: distances.rows(rule, a, b, *weights), (a, b))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_gradient_where_all_features_are_zero(dtype: torch.dtype) -> None:
-    a, b, head = (
-        torch.zeros(1, 8, 2, 2, dtype=dtype, requires_grad=True),
-        normal(1, 8, 2, 2, dtype=dtype),
-        torch.rand(8),
-    )
-    assert not torch.autograd.grad(distances.rows(distances.Unit(), a, b, head).sum(), a)[0].any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_distances_keep_the_two_maps_only(dtype: torch.dtype) -> None:
-    a, b = normal(2, 8, 16, 16, dtype=dtype, grad=True), normal(2, 8, 16, 16, dtype=dtype, seed=1)
-    head = torch.rand(8)
-    for rule, weights in [*((rule, ()) for rule, _ in RULES.values()), (distances.Unit(), (head,))]:
-        with Saved([head]) as saved:
-            distances.rows(rule, a, b, *weights)
-        assert saved.bytes == 2 * a.numel() * a.element_size()
 
 
 def test_functional_gradients() -> None:
