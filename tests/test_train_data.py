@@ -23,6 +23,84 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+def test_digits_are_split_once_and_for_all_with_every_class_on_both_sides():
+    a = datasets.load("digits", size=32, batch_size=64, seed=0)
+    b = datasets.load("digits", size=32, batch_size=64, seed=1)
+    assert torch.equal(a.test[0], b.test[0])
+    assert a.train_size + a.test_size == 1797
+    assert a.train[0].shape == (a.train_size, 1, 32, 32)
+    assert a.in_channels == 1
+    share = a.test[1].bincount() / (a.train[1].bincount() + a.test[1].bincount())
+    assert torch.all((share - 0.2).abs() < 0.01)
+    assert abs(a.train[0].mean()) < 1e-5
+    assert abs(a.train[0].std() - 1) < 1e-5
+
+
+def test_stratified_split_is_a_partition_and_leaves_single_images_to_training():
+    labels = torch.tensor([0] * 10 + [1] * 2 + [2])
+    train, test = datasets.stratified_split(labels, 0.2, seed=3)
+    assert sorted([*train.tolist(), *test.tolist()]) == list(range(13))
+    assert labels[test].bincount(minlength=3).tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["digits", "fake"])
+def test_an_epoch_started_in_the_middle_is_the_tail_of_the_whole(name):
+    data = datasets.load(name, size=32, batch_size=32, seed=5, limit=100)
+    whole, tail = list(data.train_batches(2)), list(data.train_batches(2, start=2))
+    assert [len(labels) for _, labels in whole] == [32, 32, 32, 4]
+    assert len(tail) == 2
+    for (images, labels), (tail_images, tail_labels) in zip(whole[2:], tail, strict=True):
+        assert torch.equal(images, tail_images)
+        assert torch.equal(labels, tail_labels)
+    other = next(data.train_batches(3))
+    assert not torch.equal(whole[0][1], other[1])
+
+
+def test_shift_moves_each_image_by_less_than_its_bound_and_repeats_the_border():
+    images = torch.arange(32.0).repeat(50, 1, 32, 1)  # the value is the column
+    moved = datasets.shift(images, 2 / 32, torch.Generator().manual_seed(0))
+    offsets = moved[:, 0, 16, 16] - 16
+    assert offsets.abs().max() <= 2
+    assert offsets.min() < -1
+    assert offsets.max() > 1
+    assert moved.min() >= 0
+    assert moved.max() <= 31
+    torch.testing.assert_close(datasets.shift(images, 0.0, torch.Generator()), images)
+
+
+def test_mnist_is_5000_real_images_of_which_the_same_1000_are_held_out():
+    data, other = (datasets.load("mnist", size=32, batch_size=64, seed=seed, augment="affine") for seed in (0, 1))
+    assert data.train[0].shape == (4000, 1, 32, 32)
+    assert data.test[1].bincount().tolist() == [100] * 10
+    assert torch.equal(data.test[0], other.test[0])
+    assert (data.train[0][:, :, :2] == data.train[0].min()).all()  # the padding
+    seen = {image.numpy().tobytes() for image in data.train[0]}
+    assert sum(image.numpy().tobytes() in seen for image in data.test[0]) <= 1  # held out from training
+
+
+def test_affine_turns_enlarges_and_moves_and_does_nothing_where_its_bounds_are_zero():
+    images = torch.linspace(-1, 1, 33).repeat(200, 1, 33, 1)  # the value is x on the grid, which spans [-1, 1]
+    generator = torch.Generator().manual_seed(0)
+    torch.testing.assert_close(datasets.affine(images, 0, 0, 0, generator), images)
+    changed = datasets.affine(images, 0, 30, 0.2, generator)[:, 0]
+    along = (changed[:, 16, 20] - changed[:, 16, 12]) / (images[0, 0, 16, 20] - images[0, 0, 16, 12])
+    across = (changed[:, 20, 16] - changed[:, 12, 16]) / (images[0, 0, 16, 20] - images[0, 0, 16, 12])
+    degrees = torch.atan2(-across, along).rad2deg()
+    zoom = torch.hypot(along, across)
+    assert -30 < degrees.min() < -28 < 28 < degrees.max() < 30
+    assert 0.8 < zoom.min() < 0.82 < 1.18 < zoom.max() < 1.2
+    moved = datasets.affine(images, 2 / 32, 0, 0, generator)[:, 0, 16, 16]
+    assert (
+        0.12 < moved.abs().max() <= 4 / 32 * 33 / 32 + 1e-6
+    )  # two of 32 pixels, where the value grows by 2 in 32 of 33
+
+
+def test_limit_keeps_every_class():
+    data = datasets.load("digits", size=32, batch_size=8, seed=0, limit=60)
+    assert (data.train_size, data.test_size) == (60, 60)
+    assert len(data.train[1].unique()) == len(data.test[1].unique()) == 10
+
+
 def test_digits_have_their_17_greys_from_0_to_1():
     pixels = datasets.load("digits", size=64, batch_size=8, seed=0).pixels
     assert (pixels.min(), pixels.max()) == (0, 1)
