@@ -2,7 +2,8 @@
 
 Blocks marked ```python share one namespace, blocks marked ```bash run with this Python's programs first on the PATH, all
 in one folder, which holds photos/ (train and val, two classes), shards/ (train-000.tar …, val-000.tar) and photo.jpg.
-`docs_shim` makes networks and recipes small. A block with `no-run` behind its language only has to be rare.
+`docs_shim` makes networks and recipes small. A block with `no-run` behind its language only has to be rare. Of README,
+whose other block installs, the one in Python runs, and its commands have the options that it names.
 """
 
 import importlib.util
@@ -19,9 +20,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from torch.utils import cpp_extension
 
-from vggfast import switches
+from vggfast import cli, switches
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -53,6 +55,19 @@ def blocks(page: Path) -> list[tuple[str, int, str]]:
         for match in BLOCK.finditer(text)
         if "no-run" not in match[2]
     ]
+
+
+def run_blocks(page: str, to_run: list[tuple[str, int, str]], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the blocks of `page` one after the other in `folder`, on small networks."""
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT / 'tests' / 'docs_shim'}{os.pathsep}{ROOT}",
+        "MPLBACKEND": "Agg",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", RUN_BLOCKS, page],
+        input=json.dumps(to_run), cwd=folder, env=environment, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
 
 
 def prepare(folder: Path) -> None:
@@ -88,15 +103,7 @@ def test_every_block_of_a_page_runs(page, tmp_path):
     assert len(to_run) >= 2
     assert len(BLOCK.findall(page.read_text())) - len(to_run) <= 2  # `no-run` is for what cannot run anywhere
     prepare(tmp_path)
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": f"{ROOT / 'tests' / 'docs_shim'}{os.pathsep}{ROOT}",
-        "MPLBACKEND": "Agg",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_BLOCKS, str(page)],
-        input=json.dumps(to_run), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
+    done = run_blocks(str(page), to_run, tmp_path)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     assert done.stdout.endswith("==== all ran\n")
 
@@ -126,6 +133,25 @@ def test_the_guides_op_in_cpp_is_one(tmp_path):
     torch.testing.assert_close(torch.ops.example.relu_of(x), torch.relu(x), equal_nan=True, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="x: expected float32, got Double"):
         torch.ops.example.relu_of(x.double())
+
+
+def test_readmes_python_block_runs(tmp_path):
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("README uses torchvision, which is not installed")
+    [(language, line, code)] = [block for block in blocks(ROOT / "README.md") if block[0] == "python"]
+    batches = "import torch; batches = [(torch.rand(1, 3, 224, 224), torch.tensor([3]))]"
+    done = run_blocks("README.md", [("python", 1, batches), (language, line, code)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "13 of 13 convolutions run on fused kernels" in done.stdout
+
+
+def test_the_commands_that_readme_names_have_these_options():
+    commands = typer.main.get_command(cli.app).commands
+    named = re.findall(r"`vggfast (\w+)([^`]*)`", (ROOT / "README.md").read_text())
+    assert {name for name, _ in named} == set(commands)
+    for name, options in named:
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[\w-]+", options)) <= known, f"{name}{options}"
 
 
 def test_the_table_of_switches_has_every_plan():
