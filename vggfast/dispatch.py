@@ -17,11 +17,13 @@ LINEAR_WEIGHTS = 1 << 20  # fewer are served from the caches, where torch's matr
 
 
 def check_tensor(name: str, value: object) -> None:
+    """TypeError where the argument `name` is no tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 
 
 def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """TypeError where one of them is no tensor; a bias may be None."""
     check_tensor("x", x)
     check_tensor("weight", weight)
     if bias is not None:
@@ -29,6 +31,7 @@ def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """TypeError where one of them is no tensor, ValueError where `weight` is not `[C_out, C_in, 3, 3]`."""
     check_operands(x, weight, bias)
     if weight.dim() != 4 or weight.shape[2] != 3 or weight.shape[3] != 3:
         raise ValueError(f"weight: expected [C_out, C_in, 3, 3], got {list(weight.shape)}")
@@ -202,6 +205,7 @@ def why_not_transforms() -> str:
 
 
 def inside_functorch() -> bool:
+    """Whether a torch.func transform is active; False while torch.compile traces, where `why_not_transforms` looks another way."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 

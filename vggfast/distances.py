@@ -34,6 +34,8 @@ class Rule:
 
 
 class Absolute(Rule):
+    """|d|, as `torch.nn.functional.l1_loss`."""
+
     def value(self, a: Tensor, b: Tensor, *weights: Tensor) -> Tensor:
         return (wide(a) - wide(b)).abs().sum(1)
 
@@ -42,6 +44,8 @@ class Absolute(Rule):
 
 
 class Squared(Rule):
+    """d², as `torch.nn.functional.mse_loss`."""
+
     def value(self, a: Tensor, b: Tensor, *weights: Tensor) -> Tensor:
         return (wide(a) - wide(b)).square().sum(1)
 

@@ -125,12 +125,12 @@ def explain(model: nn.Module, *inputs: Any, gpu: str | None = None) -> Explanati
     the model do run. Compiled models run uncompiled. The model runs once; a second time where layers of a
     `FusedSequential` turn out to be called one by one, to find those.
 
-    `gpu`, as in "8.0,108", asks for the kernels of a GPU of that compute capability and number of SMs, with
-    VGGFAST_CUDA_PLAN=sm80, or what else of Hopper's is set; the model still runs where it is, and no GPU is needed, but a build with nvcc is. In training mode the kernels of both
-    gradients follow each convolution on a GPU.
+    `gpu`, as in "8.0,108", asks for the kernels of a GPU of that compute capability and number of SMs: those of
+    VGGFAST_CUDA_PLAN, or of "sm80" where the kernels are switched off. The model still runs where it is; no GPU is
+    needed, but a build with nvcc is. In training mode the kernels of both gradients follow each convolution on a GPU.
 
-    Raises ValueError where `gpu` is not of that form, or this build has no CUDA kernels; TypeError where `model` is not an `nn.Module`, or is a TorchScript one, whose layers cannot be watched; and
-    whatever the model itself raises.
+    Raises ValueError where `gpu` is not of that form, or this build has no CUDA kernels; TypeError where `model` is not
+    an `nn.Module`, or is a TorchScript one, whose layers cannot be watched; and whatever the model itself raises.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

@@ -45,6 +45,7 @@ class LoadedModel:
 
     @property
     def num_classes(self) -> int:
+        """How many scores the network gives an image."""
         return self.model.classifier[6].out_features  # type: ignore[return-value]
 
 

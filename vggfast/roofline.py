@@ -49,10 +49,12 @@ class Prediction:
 
     @property
     def us(self) -> float:
+        """The predicted time in microseconds: the longest of the three."""
         return max(self.tensor_us, self.dram_us, self.l2_us)
 
     @property
     def bound(self) -> str:
+        """Which of the three that is."""
         return {self.tensor_us: "tensor cores", self.dram_us: "DRAM", self.l2_us: "L2"}[self.us]
 
 
@@ -75,6 +77,7 @@ class Step:
 
     @property
     def flop(self) -> int:
+        """Multiplications and additions of nine taps."""
         return 18 * self.n * self.h * self.w * self.c * self.k
 
     def dram(self, step: str, workspace: int) -> int:

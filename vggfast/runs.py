@@ -152,6 +152,7 @@ def _watched() -> str:
 
 
 def hooked_globally() -> bool:
+    """Whether hooks of all modules are registered, as by `torch.nn.modules.module.register_module_forward_hook`."""
     return bool(nn_module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 

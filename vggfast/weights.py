@@ -81,14 +81,17 @@ class WeightsEnum(Enum):
 
     @property
     def url(self) -> str:
+        """Where the checkpoint is downloaded from."""
         return self.value.url  # type: ignore[no-any-return]
 
     @property
     def transforms(self) -> Callable[..., Callable[[Any], Tensor]]:
+        """Called without arguments it makes the preprocessing: from a PIL image, or a tensor [..., C, H, W], to [..., C, H, W]."""
         return self.value.transforms  # type: ignore[no-any-return]
 
     @property
     def meta(self) -> dict[str, Any]:
+        """What is known of the weights; the class says which keys it has."""
         meta: dict[str, Any] = self.value.meta
         if "categories" not in meta:
             with suppress(ImportError):

@@ -130,9 +130,11 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
 
     def accuracy(self, k: int = 1) -> float:
+        """The part of the images, from 0 to 1, whose class was among the `k` likeliest; KeyError for a k not counted."""
         return self.correct[k] / self.images
 
     def error(self, k: int = 1) -> float:
+        """What `accuracy` leaves of 1."""
         return 1 - self.accuracy(k)
 
     def to_dict(self) -> dict[str, Any]:
