@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from vggfast import distances, models
 from vggfast.distances import Rule, wide
+from vggfast.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from vggfast.taps import features, frozen
 from vggfast.weights import WeightsSpec, read_checkpoint
 
 __all__ = ["LPIPS", "Encoded", "Perceptual", "gram"]
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNIT = distances.Unit()
 Layers = Mapping[str, float] | Iterable[str]
 
