@@ -214,7 +214,7 @@ def evaluate(
             models, images, views, top=_numbers("top", top), device=place, batch_size=batch_size,
             autocast=AMP_DTYPES[amp], workers=workers, listener=bar.show,
         )  # fmt: skip
-    _warn(models, images.normalisation_known)
+    _note_guessed_normalisation(models, images.normalisation_known)
     for text in (*result.unreadable, *result.notes):
         typer.echo(text, err=True)
     if as_json:
@@ -255,7 +255,7 @@ def predict(
     place, models = _prepare(weights, preprocessing, device, threads)
     views = _views(models, size or default_size(models), scales, dense, crops, flip)
     predictions = run_prediction(images, models, views, top=top, device=place)
-    _warn(models)
+    _note_guessed_normalisation(models)
     if as_json:
         shown: list[dict[str, Any]] = [
             {"image": p.image, "error": p.error} if p.error else {"image": p.image, "top": [vars(a) for a in p.answers]}
@@ -300,7 +300,7 @@ def _numbers(name: str, text: str | None) -> list[int] | None:
         raise RecipeError(f"--{name}: expected whole numbers with commas between, got {text!r}") from None
 
 
-def _warn(models: list[LoadedModel], known: bool = False) -> None:
+def _note_guessed_normalisation(models: list[LoadedModel], known: bool = False) -> None:
     """Say so where it was a guess how a model's images are normalised."""
     for model in models:
         if not (known or model.normalisation_known):

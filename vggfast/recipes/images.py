@@ -47,7 +47,7 @@ class PathFile:
 
 
 @dataclass
-class Labelled:
+class LabelledFiles:
     """Image files with their classes, and where they were found."""
 
     place: str
@@ -126,7 +126,7 @@ class _SeededImages(Dataset[Read]):
     """Images by (epoch, index), augmented by a seed of their own whichever worker reads them."""
 
     def __init__(
-        self, images: Labelled, indices: list[int], transform: transforms.Transform, seed: int, size: int
+        self, images: LabelledFiles, indices: list[int], transform: transforms.Transform, seed: int, size: int
     ) -> None:
         self.images, self.indices, self.transform, self.seed, self.size = images, indices, transform, seed, size
 
@@ -153,7 +153,7 @@ class _SeededImages(Dataset[Read]):
         return pixels, torch.tensor([item[1] for item in read], dtype=torch.int64), unreadable
 
 
-def _find(data: str, val: str | None) -> tuple[Labelled, Labelled | None]:
+def _find(data: str, val: str | None) -> tuple[LabelledFiles, LabelledFiles | None]:
     """The images to train on, and those held out: None where they are to be taken from the former."""
     root = Path(data)
     if not data.endswith(".tar") and not root.is_dir():
@@ -173,7 +173,7 @@ def _find(data: str, val: str | None) -> tuple[Labelled, Labelled | None]:
     return train, _labelled(held_out, train)
 
 
-def _labelled(place: str, like: Labelled | None = None) -> Labelled:
+def _labelled(place: str, like: LabelledFiles | None = None) -> LabelledFiles:
     """The images at `place`; RecipeError where there are none, or their classes are not those of `like`."""
     if not shards.is_shards(place):
         images = _image_folder(Path(place))
@@ -182,11 +182,11 @@ def _labelled(place: str, like: Labelled | None = None) -> Labelled:
             raise RecipeError(
                 f"{place}: expected the same class folders as in {like.place}, {like.classes}, got {images.classes}"
             )
-        return Labelled(place, images.classes, files, images.targets)
+        return LabelledFiles(place, images.classes, files, images.targets)
     samples = shards.read_index(shards.find(place))
     classes = shards.classes_of(samples) if like is None else like.classes
     targets = shards.targets(samples, classes, like.place if like else place)
-    return Labelled(place, classes, [*samples], targets)
+    return LabelledFiles(place, classes, [*samples], targets)
 
 
 def _image_folder(root: Path) -> Any:
