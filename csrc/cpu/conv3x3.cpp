@@ -81,7 +81,7 @@ Tensor empty_argmax(const Tensor& like, bool wanted, int64_t n, int64_t c, int64
 }
 
 // A result that the threads' L2 caches do not keep would be read, line by line, only to be overwritten.
-bool passes_caches(const Output& out, const Plan& plan, const Machine& m) {
+bool streams_output(const Output& out, const Plan& plan, const Machine& m) {
   const int64_t pixels = out.pool ? out.n * (out.h / 2) * (out.w / 2) : out.n * out.h * out.w;
   const bool lines = plan.algorithm == Algorithm::amx ? !out.pool && out.c % 32 == 0 : out.dtype == DType::f32 && out.c % 16 == 0;
   return lines && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 &&
@@ -94,7 +94,7 @@ Plan forward_plan(const Kernels& k, DType dtype, int64_t n, int64_t in, int64_t 
 }
 
 void run_forward(const Kernels& k, const Plan& plan, const Image& x, const Filters& w, Output out) {
-  out.stream = passes_caches(out, plan, this_machine(k));
+  out.stream = streams_output(out, plan, this_machine(k));
   const Workspace workspace(forward_workspace(k, plan, x, w));
   forward(k, plan, x, w, out, workspace.data(), parallel_jobs);
 }

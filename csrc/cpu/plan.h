@@ -50,14 +50,14 @@ struct Plan {
   int64_t in_splits = 1; // outputs-fused
 };
 
-inline Plan winograd_plan(Schedule schedule, int64_t tiles, int64_t depth, const Edges& edges, const char* reason) {
+inline Plan make_winograd_plan(Schedule schedule, int64_t tiles, int64_t depth, const Edges& edges, const char* reason) {
   Plan plan;
   plan.algorithm = Algorithm::winograd, plan.schedule = schedule;
   plan.tiles = tiles, plan.depth = depth, plan.edges = edges, plan.reason = reason;
   return plan;
 }
 
-inline Plan direct_plan(int64_t band, const char* reason) {
+inline Plan make_direct_plan(int64_t band, const char* reason) {
   Plan plan;
   plan.band = band, plan.reason = reason;
   return plan;
@@ -128,7 +128,7 @@ inline Plan plan_direct(int64_t n, int64_t in, int64_t out, int64_t h, int64_t w
   const int64_t row_bytes = (w + 2) * in * 4;
   const int64_t fitting = taps_fill_a_block(in, out) ? 16 : 256 * 1024 / row_bytes - 2;
   const int64_t band = std::min(std::clamp<int64_t>(fitting / 2 * 2, 2, 16), round_up(h, 2));
-  return direct_plan(cut_band(band, 2, n, h, threads), reason);
+  return make_direct_plan(cut_band(band, 2, n, h, threads), reason);
 }
 
 // AMX: a thread keeps a padded band in L2, beside the filters of a block of output channels, and passes over it block by block. Few
@@ -181,7 +181,7 @@ inline int64_t split_depth(int64_t tiles, const Machine& m) {
 inline Plan plan_chunks(int64_t tiles, int64_t in, int64_t blocks, const Machine& m, const char* reason, const Edges& edges) {
   const int64_t even = std::min(ceil_div(4 * m.threads, blocks), ceil_div(2 * tiles, m.rows));
   const int64_t parts = std::min(std::max(even, ceil_div(m.threads, blocks)), tiles);
-  Plan plan = winograd_plan(Schedule::chunks_split, tiles, in, edges, reason);
+  Plan plan = make_winograd_plan(Schedule::chunks_split, tiles, in, edges, reason);
   plan.splits = parts;
   return plan;
 }
@@ -198,7 +198,7 @@ inline Plan plan_pieces(int64_t tiles, int64_t in, int64_t out, const Machine& m
   const int64_t blocks = ceil_div(out, m.block), fitting = (64 << 20) / (36 * 4 * (in + out));
   const int64_t ranges = std::max(ceil_div(6 * in * blocks * m.block, 800 << 10), ceil_div(4 * m.threads, 36));
   const int64_t of_pass = equal_chunk(tiles, std::clamp<int64_t>(fitting, 128, 800), 1);
-  Plan plan = winograd_plan(Schedule::points_split, of_pass, in, edges, "a float is three bfloat16");
+  Plan plan = make_winograd_plan(Schedule::points_split, of_pass, in, edges, "a float is three bfloat16");
   plan.splits = std::min(blocks, ranges), plan.pieces = true;
   return plan;
 }
@@ -214,16 +214,16 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
   const int64_t v_bytes = 36 * 4 * points_row(in, m) * m.rows, u_bytes = 36 * 4 * in * round_up(out, m.block);
   const int64_t split_passes = in < 64 ? 0 : split_channels_passes(tiles, blocks, u_bytes, m);
   if (split_passes > 0)
-    return winograd_plan(Schedule::channels_split, ceil_div(tiles, split_passes), std::min(in, split_depth(tiles, m)), edges,
-                         split_passes > 1 ? "filters are made where they are used, once a pass"
-                         : tiles > 128    ? "M of a block stays in L2: filters are made where they are used"
-                                          : "few tiles: filters are made where they are used");
+    return make_winograd_plan(Schedule::channels_split, ceil_div(tiles, split_passes), std::min(in, split_depth(tiles, m)), edges,
+                              split_passes > 1 ? "filters are made where they are used, once a pass"
+                              : tiles > 128    ? "M of a block stays in L2: filters are made where they are used"
+                                               : "few tiles: filters are made where they are used");
   // V of a row block of tiles beyond L2, or U beyond what L3 keeps: U is then read once for as many tiles as M of a block of output
   // channels stays in L2 for. Row blocks of few tiles ask more of L3.
   if (v_bytes > 768 * 1024 || u_bytes >= (m.short_row_blocks() ? 8 : 16) << 20) {
     const int64_t passes = ceil_div(tiles, 131), of_thread = ceil_div(tiles, round_up(passes, m.threads));
     if (of_thread >= 2 * m.rows)
-      return winograd_plan(Schedule::tile_fused, of_thread, in, edges, "few passes over so many filters");
+      return make_winograd_plan(Schedule::tile_fused, of_thread, in, edges, "few passes over so many filters");
     return plan_chunks(ceil_div(tiles, passes), in, blocks, m, "few passes over so many filters, by many threads", edges);
   }
   // A row block of few tiles reads U from beyond L2 for few products; larger groups share it, while all threads have some. Where a
@@ -232,7 +232,7 @@ inline Plan choose_plan(DType dtype, int64_t n, int64_t in, int64_t out, int64_t
   const int64_t of_group = std::clamp<int64_t>(tiles / (4 * m.threads) / m.rows * m.rows, m.rows, largest);
   if (4 * ceil_div(tiles, of_group) < 3 * m.threads && blocks > 1)
     return plan_chunks(tiles, in, blocks, m, "groups of tiles are fewer than threads", edges);
-  return winograd_plan(Schedule::tile_fused, of_group, in, edges, "V and M of a group of tiles stay in L2");
+  return make_winograd_plan(Schedule::tile_fused, of_group, in, edges, "V and M of a group of tiles stay in L2");
 }
 
 // A thread takes one of `groups` parts of the rows and one of `splits` ranges of output channels. What a chunk of `tiles` rows
@@ -281,7 +281,7 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
                                     Algorithm wanted) {
   if (m.amx && dtype == DType::bf16 && wanted != Algorithm::winograd && in >= 16) return plan_amx_grad_weight(n, in, out, h, w, m);
   const char* direct = why_direct(in < 12, wanted);
-  if (direct) return direct_plan(0, direct);
+  if (direct) return make_direct_plan(0, direct);
   const int64_t tiles = tile_grid(n, h, w).count(), blocks = ceil_div(out, m.block);
   const int64_t tile_bytes = 36 * 4 * (points_row(in, m) + points_row(out, m)), s_bytes = 36 * 4 * in * round_up(out, m.block);
   // Each chunk passes V and Z through L3 once, and S once: neither should cost much more than the other. A last chunk of few tiles
@@ -297,7 +297,7 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
   // bits.
   const int64_t fused_tiles = s_bytes >= 16 << 20 ? 512 : m.short_row_blocks() ? 128 : 256;
   if (parts == 1 && tiles <= fused_tiles && !pieces) {
-    Plan plan = winograd_plan(Schedule::points_split, tiles, in, edges_of(h, w), few);
+    Plan plan = make_winograd_plan(Schedule::points_split, tiles, in, edges_of(h, w), few);
     const int64_t depth = std::min<int64_t>(in, 64);
     if (4 * blocks * ceil_div(in, depth) < 3 * m.threads) return plan;
     const Ranges ranges = fused_ranges(tiles, in, out, depth, m);
@@ -308,8 +308,8 @@ inline Plan choose_grad_weight_plan(DType dtype, int64_t n, int64_t in, int64_t 
   int64_t splits = 1;
   while (splits < blocks && parts * splits % m.threads != 0 && parts * splits < 4 * m.threads) ++splits;
   const bool enough = parts * splits >= m.threads;
-  Plan plan = winograd_plan(enough ? Schedule::outputs_split : Schedule::points_split, equal_chunk(of_part, fitting, multiple), in,
-                            edges_of(h, w), enough ? "V and Z stay with the thread that made them" : few);
+  Plan plan = make_winograd_plan(enough ? Schedule::outputs_split : Schedule::points_split, equal_chunk(of_part, fitting, multiple),
+                                 in, edges_of(h, w), enough ? "V and Z stay with the thread that made them" : few);
   plan.groups = parts, plan.splits = splits, plan.pieces = pieces;
   return plan;
 }

@@ -174,7 +174,7 @@ void accumulate_points_split(const GradWeight& g, float* memory, const Parallel&
 }
 
 // A line of a gradient that L2 does not keep would be read only to be overwritten.
-bool passes_caches(const Filters& dw) {
+bool streams_gradient(const Filters& dw) {
   return dw.dtype == DType::f32 && dw.in % 16 == 0 && reinterpret_cast<uintptr_t>(dw.data) % 64 == 0 &&
          dw.out * dw.in * 9 * int64_t(sizeof(float)) >= 4 << 20;
 }
@@ -219,7 +219,7 @@ bool grad_filters_outputs_fused(const GradWeight& g, const Filters& dw, const Pa
         for (int i = 0; i < 36; ++i)
           g.accumulate(i, tiles, v, some.in, b, z, true, s + i * filters_position(some.in, k.block),
                        {reinterpret_cast<const char*>(z.data + (i + 1) * z.position), z_bytes});
-        if (!k.winograd_grad_filters(s, b, some, passes_caches(dw))) finite.store(false, std::memory_order_relaxed);
+        if (!k.winograd_grad_filters(s, b, some, streams_gradient(dw))) finite.store(false, std::memory_order_relaxed);
       }
     }
   });
@@ -233,7 +233,7 @@ bool grad_filters(const GradWeight& g, const Filters& dw, const Parallel& parall
     float* sum = g.s + b * g.s_block;
     for (int64_t part = 1; part < g.plan.groups; ++part)
       for (int64_t i = 0; i < g.s_block; ++i) sum[i] += sum[part * g.s_size + i];
-    if (!g.k.winograd_grad_filters(sum, b, dw, passes_caches(dw))) finite.store(false, std::memory_order_relaxed);
+    if (!g.k.winograd_grad_filters(sum, b, dw, streams_gradient(dw))) finite.store(false, std::memory_order_relaxed);
   });
   return finite;
 }

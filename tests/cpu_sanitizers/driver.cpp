@@ -132,7 +132,7 @@ std::vector<Plan> plans(DType dtype, const Problem& p, int64_t in, int64_t out, 
   std::vector<Plan> all = {choose_plan(dtype, p.n, in, out, p.h, p.w, m, Algorithm::direct)};
   const bool pieces = m.amx && dtype == DType::f32;
   if (m.amx && !pieces) {
-    Plan plan = with_splits(direct_plan(2, "driver"), std::min<int64_t>(ceil_div(out, kAmxBlock), 2));
+    Plan plan = with_splits(make_direct_plan(2, "driver"), std::min<int64_t>(ceil_div(out, kAmxBlock), 2));
     plan.algorithm = Algorithm::amx;
     all.push_back(plan);
     plan.band = round_up(p.h, 2), plan.images = 2; // of several images whole ones share a job
@@ -142,7 +142,7 @@ std::vector<Plan> plans(DType dtype, const Problem& p, int64_t in, int64_t out, 
   const int64_t tiles = tile_grid(p.n, p.h, p.w).count();
   const Edges edges = edges_of(p.h, p.w);
   const auto winograd = [&](Schedule schedule, int64_t of_pass, int64_t depth) {
-    return winograd_plan(schedule, of_pass, depth, edges, "driver");
+    return make_winograd_plan(schedule, of_pass, depth, edges, "driver");
   };
   if (pieces) {
     if (in % 32 != 0) return all;
@@ -236,11 +236,11 @@ private:
     const bool pieces = machine_.amx && dtype_ == DType::f32;
     const Edges edges = edges_of(p_.h, p_.w);
     const auto winograd = [&](Schedule schedule, int64_t splits) {
-      Plan plan = with_splits(winograd_plan(schedule, 16, p_.in, edges, "driver"), std::min(splits, blocks));
+      Plan plan = with_splits(make_winograd_plan(schedule, 16, p_.in, edges, "driver"), std::min(splits, blocks));
       plan.groups = std::min<int64_t>(groups, 2), plan.pieces = pieces;
       return plan;
     };
-    Plan fused = with_splits(winograd_plan(Schedule::outputs_fused, tiles, std::min<int64_t>(p_.in, 24), edges, "driver"),
+    Plan fused = with_splits(make_winograd_plan(Schedule::outputs_fused, tiles, std::min<int64_t>(p_.in, 24), edges, "driver"),
                              std::min<int64_t>(3, blocks));
     fused.in_splits = std::min<int64_t>(2, ceil_div(p_.in, fused.depth));
     for (const Plan& plan : {choose_grad_weight_plan(dtype_, p_.n, p_.in, p_.out, p_.h, p_.w, machine_, Algorithm::direct),
