@@ -50,7 +50,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &cpu::set_isa, pybind11::arg("name"), "Use the named instruction set, or the best with 'auto'.");
   m.def("conv_algo", &cpu::conv_algo, "The convolution algorithm in use: auto, winograd or direct.");
   m.def("set_conv_algo", &cpu::set_conv_algo, pybind11::arg("name"), "Use auto, winograd or direct.");
-  m.def("cpu_plan", &cpu::describe_plan, pybind11::arg("which"), pybind11::arg("n"), pybind11::arg("c_in"), pybind11::arg("c_out"),
+  m.def("cpu_plan", &cpu::describe_plan, pybind11::arg("step"), pybind11::arg("n"), pybind11::arg("c_in"), pybind11::arg("c_out"),
         pybind11::arg("h"), pybind11::arg("w"), pybind11::arg("dtype") = "float32",
         "The plan of 'forward', 'grad_input' or 'grad_weight' for a CPU, in words.");
   m.def("fma_peak", &cpu::fma_peak, pybind11::arg("seconds") = 0.4, pybind11::call_guard<pybind11::gil_scoped_release>(),
@@ -60,7 +60,7 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t address, int64_t bytes) { vggfast::wish_huge_pages(reinterpret_cast<void*>(address), bytes); },
       pybind11::arg("address"), pybind11::arg("bytes"), "Ask Linux for the huge pages that lie wholly within these bytes.");
 #ifdef VGGFAST_CUDA
-  m.def("cuda_plan", &vggfast::cuda::describe_plan, pybind11::arg("which"), pybind11::arg("n"), pybind11::arg("c_in"),
+  m.def("cuda_plan", &vggfast::cuda::describe_plan, pybind11::arg("step"), pybind11::arg("n"), pybind11::arg("c_in"),
         pybind11::arg("c_out"), pybind11::arg("h"), pybind11::arg("w"), pybind11::arg("pool"), pybind11::arg("dtype"),
         pybind11::arg("sm_count"), pybind11::arg("compute_capability"), pybind11::arg("kernels") = "sm80",
         "The plan of 'forward', 'grad_input', 'grad_weight' or 'max_pool' for a GPU, in words; 'aten: why' if no kernel takes it.");

@@ -191,7 +191,7 @@ void set_conv_algo(const std::string& name) {
   algo() = parse_algo(name);
 }
 
-std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w,
+std::string describe_plan(const std::string& step, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w,
                           const std::string& dtype) {
   for (int64_t size : {n, in, out, h, w})
     if (size < 1 || size > max_elements) throw std::invalid_argument("sizes: expected 1 ... 2^40, got " + std::to_string(size));
@@ -207,10 +207,10 @@ std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_
                          ? DType::f16
                          : throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
   const Kernels& k = kernels();
-  if (pass == "forward") return to_string(forward_plan(k, type, n, in, out, h, w));
-  if (pass == "grad_input") return to_string(forward_plan(k, type, n, out, in, h, w));
-  if (pass == "grad_weight") return to_string(choose_grad_weight_plan(type, n, in, out, h, w, this_machine(k), algo()));
-  throw std::invalid_argument("pass: expected forward, grad_input or grad_weight, got '" + pass + "'");
+  if (step == "forward") return to_string(forward_plan(k, type, n, in, out, h, w));
+  if (step == "grad_input") return to_string(forward_plan(k, type, n, out, in, h, w));
+  if (step == "grad_weight") return to_string(choose_grad_weight_plan(type, n, in, out, h, w, this_machine(k), algo()));
+  throw std::invalid_argument("step: expected forward, grad_input or grad_weight, got '" + step + "'");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vggfast, CPU, library) {

@@ -258,22 +258,22 @@ void set_kernels(const std::string& kernels) {
   chosen() = checked_chooser(kernels);
 }
 
-std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, bool pool,
+std::string describe_plan(const std::string& step, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, bool pool,
                           const std::string& dtype, int sm_count, int compute_capability, const std::string& kernels) {
   const DType element = dtype == "float32"    ? DType::tf32
                         : dtype == "bfloat16" ? DType::bf16
                         : dtype == "float16"
                             ? DType::fp16
                             : throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
-  const Pass which =
-      pass == "forward"       ? Pass::forward
-      : pass == "grad_input"  ? Pass::grad_input
-      : pass == "grad_weight" ? Pass::grad_weight
-      : pass == "max_pool"
+  const Pass pass =
+      step == "forward"       ? Pass::forward
+      : step == "grad_input"  ? Pass::grad_input
+      : step == "grad_weight" ? Pass::grad_weight
+      : step == "max_pool"
           ? Pass::max_pool
-          : throw std::invalid_argument("pass: expected forward, grad_input, grad_weight or max_pool, got '" + pass + "'");
+          : throw std::invalid_argument("step: expected forward, grad_input, grad_weight or max_pool, got '" + step + "'");
   std::ostringstream text;
-  text << checked_chooser(kernels)(which, {n, h, w, in, out, element, true, pool}, {sm_count, compute_capability});
+  text << checked_chooser(kernels)(pass, {n, h, w, in, out, element, true, pool}, {sm_count, compute_capability});
   return text.str();
 }
 

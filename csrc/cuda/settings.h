@@ -10,9 +10,9 @@ namespace vggfast::cuda {
 // std::invalid_argument for anything else.
 void set_kernels(const std::string& kernels);
 
-// The plan of the named pass ("forward", "grad_input", "grad_weight", "max_pool") for a device with these numbers, in words;
+// The plan of the named step ("forward", "grad_input", "grad_weight", "max_pool") for a device with these numbers, in words;
 // "aten: why" if none; `kernels` as set_kernels takes them.
-std::string describe_plan(const std::string& pass, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, bool pool,
+std::string describe_plan(const std::string& step, int64_t n, int64_t in, int64_t out, int64_t h, int64_t w, bool pool,
                           const std::string& dtype, int sm_count, int compute_capability, const std::string& kernels);
 
 // CUDA's version that is linked in, as "13.0".
