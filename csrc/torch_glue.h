@@ -45,6 +45,12 @@ inline Tensor empty_of(const Tensor& like, std::vector<int64_t> size, torch::hea
   return large_result(torch::stable::empty(size, type, std::nullopt, like.device()));
 }
 
+// Where each maximum of a 2x2 pool of [N, C, H, W] comes from, 2 bits a channel: [N, H/2, W/2, ceil(C/4)]; empty if not wanted.
+inline Tensor empty_argmax(const Tensor& like, bool wanted, int64_t n, int64_t c, int64_t h, int64_t w) {
+  const std::vector<int64_t> size = wanted ? std::vector<int64_t>{n, h / 2, w / 2, (c + 3) / 4} : std::vector<int64_t>{0};
+  return empty_of(like, size, torch::headeronly::ScalarType::Byte);
+}
+
 // Kernels read pixels as runs of channels. A tensor whose channels are not adjacent is copied; strides of size-1 dimensions mean
 // nothing and are never looked at.
 inline Tensor with_adjacent_channels(const Tensor& t) {

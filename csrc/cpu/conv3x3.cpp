@@ -16,8 +16,6 @@
 namespace vggfast::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 Algorithm parse_algo(const std::string& name) {
   if (name.empty() || name == "auto") return Algorithm::automatic;
   if (name == "winograd") return Algorithm::winograd;
@@ -74,10 +72,6 @@ Filters mirrored(const Filters& w) {
   const int64_t size = bytes_of(w.dtype);
   const char* last_tap = static_cast<const char*>(w.data) + 2 * (w.stride_r + w.stride_s) * size;
   return {w.dtype, w.in, w.out, last_tap, w.stride_in, w.stride_out, -w.stride_r, -w.stride_s};
-}
-
-Tensor empty_argmax(const Tensor& like, bool wanted, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return empty_of(like, wanted ? std::vector<int64_t>{n, h / 2, w / 2, ceil_div(c, 4)} : std::vector<int64_t>{0}, ScalarType::Byte);
 }
 
 // A result that the threads' L2 caches do not keep would be read, line by line, only to be overwritten.

@@ -132,9 +132,6 @@ GradOutput grad_output(const Tensor& grad, const MaybeTensor& y, const MaybeTens
           argmax ? static_cast<const uint8_t*>(argmax->const_data_ptr()) : nullptr};
 }
 
-Tensor empty_argmax(const Tensor& like, bool wanted, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return empty_of(like, wanted ? std::vector<int64_t>{n, h / 2, w / 2, (c + 3) / 4} : std::vector<int64_t>{0}, ScalarType::Byte);
-}
 uint8_t* bytes_or_null(const Tensor& argmax) {
   return argmax.numel() ? static_cast<uint8_t*>(argmax.mutable_data_ptr()) : nullptr;
 }
