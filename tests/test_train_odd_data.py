@@ -69,6 +69,10 @@ def test_greys_of_16_bits_keep_their_upper_8(tmp_path):
     ramp = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
     Image.fromarray(ramp).save(tmp_path / "a.png")
     assert np.asarray(pictures.read(tmp_path / "a.png")).tolist() == [[0, 0, 1, 128, 255]]
+    (tmp_path / "a.pgm").write_bytes(b"P5 5 1 65535\n" + ramp.astype(">u2").tobytes())
+    assert np.asarray(pictures.read(tmp_path / "a.pgm")).tolist() == [[0, 0, 1, 128, 255]]
+    (tmp_path / "ten.pgm").write_bytes(b"P5 3 1 1023\n" + np.array([0, 512, 1023], dtype=">u2").tobytes())
+    assert np.asarray(pictures.read(tmp_path / "ten.pgm")).tolist() == [[0, 128, 255]]  # of its 10 bits
 
 
 def test_a_batch_of_unreadable_images_moves_nothing(tmp_path):

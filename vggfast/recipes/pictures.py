@@ -37,7 +37,8 @@ def _of_bytes(image: Any) -> Any:
     """Greys of 16 bits as the 8 most significant ones: Pillow would cut off all that is above 255."""
     from PIL import Image
 
-    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # as older Pillows read them
+    # Of PNG older Pillows make "I", of PGM all do, with 65535 for white whatever white is in the file.
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if not wide:
         return image
     made = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
