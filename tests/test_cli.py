@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -63,6 +64,16 @@ def test_a_full_disk_and_a_reader_that_left_are_no_tracebacks(arguments):
     done = subprocess.run(command, cwd=ROOT, stdout=ours, stderr=subprocess.PIPE, text=True, timeout=300)
     os.close(ours)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize("command", ["info", "explain vgg11 --size 32", "train --data nowhere"])
+def test_a_stream_that_is_closed_at_the_start_is_written_to_by_nobody(command, closed, tmp_path):
+    """Python has no sys.stdout then, but None."""
+    script = f"{shlex.quote(sys.executable)} -m vggfast {command} {closed}"
+    done = subprocess.run(script, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == (2 if "nowhere" in command else 0), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_importing_the_library_leaves_the_recipes_and_their_packages_alone():

@@ -36,6 +36,9 @@ console = Console(soft_wrap=True)
 
 def main() -> None:
     """Run the command line; the console script `vggfast` calls this."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # as Python has it where the stream was closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path's bytes that are no UTF-8 are shown as \\udce9
