@@ -285,6 +285,12 @@ def test_train_says_no_in_one_message(tiny, tmp_path):
     assert_one_message(run("train", "--output", tmp_path / "new", "--seed", 2**64), "seed: expected less than 2^63")
     for command in (("train", "--output", tmp_path / "new"), ("predict", "x.png", "--weights", out)):
         assert_one_message(run(*command, "--threads", 10**9), "--threads", "less than or equal to 1024")
+    long = "x" * 300
+    assert_one_message(run("train", "--output", tmp_path / long), f"{long}: File name too long; choose another")
+    assert_one_message(run("train", "--data", tmp_path / long, "--output", tmp_path / "new"), "File name too long")
+    (tmp_path / "circle").symlink_to("circle")
+    assert_one_message(run("train", "--output", tmp_path / "circle" / "run"), "circle", "Choose another --output")
+    assert_one_message(run("train", "--data", tmp_path / "circle", "--output", tmp_path / "new"), "no data folder")
     (out / "checkpoint.pt").write_bytes(b"PK")
     assert_one_message(run("train", "--output", out, "--resume"), "cannot be read as a checkpoint", "--overwrite")
     (out / "checkpoint.pt").unlink()

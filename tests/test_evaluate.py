@@ -313,6 +313,9 @@ def test_the_commands_say_no_in_one_message(folder, checkpoint, tmp_path):
     assert_one_message(run(*data, "--weights", checkpoint, "--scales", 50), "expected none below 64 pixels")
     assert_one_message(run(*data, "--weights", checkpoint, "--top", 9), "expected numbers from 1 to 3")
     assert_one_message(run("evaluate", "--data", "nowhere", "--weights", checkpoint), "no data folder nowhere")
+    assert_one_message(run("evaluate", "--data", "", "--weights", checkpoint), "--data: expected digits", "got nothing")
+    long = tmp_path / ("x" * 300)
+    assert_one_message(run("evaluate", "--data", long, "--weights", checkpoint), f"{long}/val: File name too long")
     assert_one_message(run(*data, "--weights", checkpoint, "--device", "tpu"), "expected auto, cpu")
 
 

@@ -74,6 +74,11 @@ def errors_for_users() -> Iterator[None]:
             f"error: {error.filename or error}: permission denied; choose another, or have it made readable", err=True
         )
         raise typer.Exit(2) from None
+    except OSError as error:
+        if error.filename is None:  # the output's, or none that a path has to do with
+            raise
+        typer.echo(f"error: {error.filename}: {error.strerror}; choose another path", err=True)
+        raise typer.Exit(2) from None
 
 
 @app.callback()

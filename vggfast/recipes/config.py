@@ -1,6 +1,7 @@
 """Everything that determines a training run, checked, with the recipe for each kind of data."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -192,7 +193,11 @@ class TrainConfig:
             defaults = DIGITS_WITHOUT_BATCH_NORM
         else:
             defaults = RECIPES[data]
-        name = Path(data).resolve().name if not data.endswith(".tar") else Path(data).parent.name or "shards"
+        name = (
+            os.path.basename(os.path.realpath(data))
+            if not data.endswith(".tar")
+            else Path(data).parent.name or "shards"
+        )
         return cls(**{"data": data, "output": str(Path("runs") / name), **defaults, **settings})
 
     @classmethod

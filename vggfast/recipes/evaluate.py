@@ -61,6 +61,8 @@ def find(data: str, *, size: int = 224, limit: int | None = None, held_out: bool
 
     Raises RecipeError for a folder or shard that is missing, damaged or without images, and where a needed package is not installed.
     """
+    if not data.strip():  # as a path, the folder where the program runs
+        raise RecipeError("--data: expected digits, mnist, fake, a folder or shards, got nothing")
     if data in BUILT_IN:
         loaded = datasets.load(data, size=size, batch_size=256, seed=0)
         assert isinstance(loaded, datasets.TensorData)

@@ -214,7 +214,7 @@ def _lock(folder: int, output: Path) -> None:
 
 def _check_place(config: TrainConfig) -> None:
     """RecipeError where the output would be taken for a class of the images."""
-    root, output = Path(config.data).resolve(), Path(config.output).resolve()
+    root, output = (Path(os.path.realpath(place)) for place in (config.data, config.output))  # links in a circle stay
     if config.data not in RECIPES and root.is_dir() and not (root / "train").is_dir() and output.is_relative_to(root):
         raise RecipeError(
             f"output: {config.output} lies in {config.data}, of which each folder is a class of images. Choose another --output"
