@@ -4,6 +4,7 @@ The network is a small stand-in with VGG's names; nothing is downloaded except f
 """
 
 import copy
+import json
 import os
 import pickle
 import re
@@ -12,12 +13,14 @@ import urllib.error
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from small_vgg import needs_torchvision, torchvision_models
 from torch import nn
 
+import vggfast
 from vggfast import weights
-from vggfast.preprocessing import ImageClassification
+from vggfast.preprocessing import ImageClassification, Normalisation
 from vggfast.weights import VGG11_Weights, VGG16_BN_Weights, VGG16_Weights, load_weights, read_checkpoint, resolve
 
 ENUMS = list(weights._ENUMS.values())
@@ -347,3 +350,15 @@ def test_features_only_weights(cache):
     assert all(value.isnan().all() == key.startswith("classifier") for key, value in model.state_dict().items())
     with pytest.raises(RuntimeError, match=re.escape("build with num_classes=5")):
         load_weights(Small(7), spec)
+
+
+def test_the_same_weights_are_the_same_file(tmp_path):
+    model = nn.Linear(3, 2)
+    model.register_buffer("größe", torch.ones(1))
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for file in files:
+        vggfast.save_weights(model, file, classes=["röd", 'a"b', "\x7f"], size=64, normalisation=Normalisation())
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == ["röd", 'a"b', "\x7f"]
+        assert torch.equal(file.get_tensor("weight"), model.weight)

@@ -142,6 +142,19 @@ def save_tensors(state: Mapping[str, Tensor], path: Path, about: Mapping[str, An
         save_file(tensors, path, {name: json.dumps(value) for name, value in about.items()})
     except SafetensorError as error:  # how it reports a full disk
         raise OSError(str(error)) from error
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give a safetensors file's metadata a fixed order, without which files of the same content differ by chance."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= length:
+            file.seek(8)
+            file.write(ordered.ljust(length))
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -> None:
