@@ -8,6 +8,7 @@
 namespace vggfast {
 
 inline constexpr int64_t huge_page = 2 << 20;
+inline constexpr const char* out_of_memory = "DefaultCPUAllocator: can't allocate memory."; // as torch says it
 
 /// For the huge pages that lie wholly within these bytes.
 inline void wish_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {

@@ -7,8 +7,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <functional>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "conv3x3.h"
@@ -28,21 +31,30 @@ inline DType dtype_of(const Tensor& t) {
   return DType::f16;
 }
 
-// A result in new memory. malloc gives a large one back to the system when it is freed, and the next one is then cleared anew.
-inline Tensor large_result(Tensor t) {
-  constexpr int64_t least = 4 << 20;
+// A call for nothing but new memory, on the device of `like`. Through the stable ABI torch says only that it failed; programs that
+// go on with a smaller batch look for the words that it uses elsewhere.
+template <class Call>
+inline Tensor new_memory(const Tensor& like, const Call& call) {
+  try {
+    return call();
+  } catch (const std::exception& error) {
+    throw std::runtime_error((like.is_cpu() ? out_of_memory : "CUDA out of memory.") + (" " + std::string(error.what())));
+  }
+}
+
+// A result. malloc gives a large one back to the system when it is freed, and the next one is then cleared anew.
+inline Tensor empty_of(const Tensor& like, std::vector<int64_t> size, torch::headeronly::ScalarType type,
+                       std::optional<torch::headeronly::MemoryFormat> format = std::nullopt) {
+  constexpr int64_t large = 4 << 20;
+  Tensor t = new_memory(like, [&] { return torch::stable::empty(size, type, std::nullopt, like.device(), std::nullopt, format); });
   const int64_t bytes = t.numel() * int64_t(t.element_size());
-  if (t.is_cpu() && bytes >= least) wish_huge_pages(t.mutable_data_ptr(), bytes);
+  if (t.is_cpu() && bytes >= large) wish_huge_pages(t.mutable_data_ptr(), bytes);
   return t;
 }
 
 // [N, C, H, W] in channels_last memory.
 inline Tensor empty_nhwc(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return large_result(torch::stable::empty(std::vector<int64_t>{n, c, h, w}, like.scalar_type(), std::nullopt, like.device(),
-                                           std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast));
-}
-inline Tensor empty_of(const Tensor& like, std::vector<int64_t> size, torch::headeronly::ScalarType type) {
-  return large_result(torch::stable::empty(size, type, std::nullopt, like.device()));
+  return empty_of(like, {n, c, h, w}, like.scalar_type(), torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 // Where each maximum of a 2x2 pool of [N, C, H, W] comes from, 2 bits a channel: [N, H/2, W/2, ceil(C/4)]; empty if not wanted.
@@ -55,7 +67,7 @@ inline Tensor empty_argmax(const Tensor& like, bool wanted, int64_t n, int64_t c
 // nothing and are never looked at.
 inline Tensor with_adjacent_channels(const Tensor& t) {
   if (t.size(1) == 1 || t.stride(1) == 1) return t;
-  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+  return new_memory(t, [&] { return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast); });
 }
 
 // Every call of body(job), job in [0, jobs), on torch's own threads. A thread takes the jobs of its part in order, one by one, so
@@ -76,7 +88,17 @@ inline void parallel_jobs(int64_t jobs, const std::function<void(int64_t)>& body
     }
   };
   if (threads <= 1) return work(0, threads);
-  torch::stable::parallel_for(0, threads, 1, work);
+  // The stable ABI does not pass on what is thrown on another thread either.
+  std::exception_ptr first;
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    try {
+      work(begin, end);
+    } catch (...) {
+      if (!failed.test_and_set()) first = std::current_exception();
+    }
+  });
+  if (first) std::rethrow_exception(first);
 }
 
 } // namespace vggfast

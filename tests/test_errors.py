@@ -253,14 +253,16 @@ for algo in ("direct", "winograd"):
         ):
             try:
                 call()
-            except (RuntimeError, MemoryError) as error:
+            except RuntimeError as error:
+                if "DefaultCPUAllocator: can't allocate memory" not in str(error):
+                    raise
                 raised += 1
 print(raised)
 """
 
 
 def test_running_out_of_memory_is_a_python_error() -> None:
-    """Also where it happens on another thread."""
+    """Also where it happens on another thread; in torch's words, for which programs look that then take a smaller batch."""
     assert int(in_a_process("-c", OUT_OF_MEMORY).split()[-1]) >= 4
 
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <new>
+#include <stdexcept>
 
 #include "huge_pages.h"
 
@@ -28,7 +28,7 @@ public:
     base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base_ == MAP_FAILED) {
       base_ = nullptr;
-      throw std::bad_alloc();
+      throw std::runtime_error(out_of_memory);
     }
     data_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(base_) + huge_page - 1) / huge_page * huge_page);
     wish_huge_pages(data_, rounded);
