@@ -188,9 +188,29 @@ def test_killed_at_any_moment_it_loses_an_epoch_at_most(tmp_path, script):
     assert_same_weights(tiny_fit(tmp_path / "whole").weights, resumed.weights)
     assert len(list((tmp_path / "killed").iterdir())) == 4  # half-written leftovers are gone
     theirs = tmp_path / "killed" / f".checkpoint.pt.{os.getppid()}.tmp"  # of a run that lives
-    theirs.touch()
+    theirs.mkdir()
     tiny_fit(tmp_path / "killed", overwrite=True, epochs=1)
     assert theirs.exists()
+
+
+KILL_IN_WEIGHTS = """
+from vggfast import checkpoint_files
+def save_half(tensors, path, about):
+    (Path(path).parent / ".tmpAbCdEf").write_bytes(b"half")  # as safetensors does, before it renames
+    os.kill(os.getpid(), signal.SIGKILL)
+checkpoint_files.save_file = save_half
+torch.set_num_threads(1)
+tiny_fit(Path(sys.argv[1]))
+"""
+
+
+def test_killed_while_it_writes_weights_it_leaves_nothing_that_stays(tmp_path):
+    killed = run_script(KILL_IN_WEIGHTS, tmp_path / "killed")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert list((tmp_path / "killed").rglob(".tmp*"))
+    tiny_fit(tmp_path / "killed", resume=True)
+    assert len(list((tmp_path / "killed").iterdir())) == 4
+    assert not list((tmp_path / "killed").rglob(".*"))
 
 
 def test_what_is_said_comes_before_the_recipe():

@@ -1,6 +1,7 @@
 """Files that are either the old version or the new one, never half of one."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -8,13 +9,16 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary file beside `path` to write to; on success it becomes `path`, on an exception it is removed.
+    """Yield an empty temporary file to write to; on success it becomes `path`, on an exception it is removed.
 
-    The rename is atomic because both names are in one directory, and durable because the data are on the disk before
+    The rename is atomic because both names are on one file system, and durable because the data are on the disk before
     the rename and the directory after it. Raises OSError where the disk refuses (full, read-only, ...).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A directory of its own, since who writes may have temporary files, too: safetensors does.
+    directory = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = directory / path.name
     try:
+        directory.mkdir(exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
@@ -24,15 +28,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with suppress(PermissionError):  # of a directory that may be written to, but not listed
             _fsync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete the temporary files that processes killed while writing `path` left beside it; not those of one that lives."""
+    """Delete the temporary directories that processes killed while writing `path` left beside it; not those of one that lives."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         process = leftover.name.split(".")[-2]
         if not (process.isdecimal() and _lives(int(process))):
-            leftover.unlink(missing_ok=True)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _lives(process: int) -> bool:
