@@ -17,7 +17,7 @@ from vggfast.allocator import keep_freed_memory
 from vggfast.loading import LoadedModel
 from vggfast.recipes import RecipeError
 from vggfast.recipes import train as training
-from vggfast.recipes.config import AMP_DTYPES, MOST_THREADS, AmpName, ModelName, PresetName, TrainConfig
+from vggfast.recipes.config import AMP_DTYPES, MOST_THREADS, AmpName, ModelName, PresetName, TrainConfig, check_data
 from vggfast.recipes.distributed import rank
 from vggfast.recipes.evaluate import BUILT_IN, Evaluation, Labelled, find
 from vggfast.recipes.evaluate import evaluate as run_evaluation
@@ -141,8 +141,8 @@ def _train(
     data: str | None, output: Path | None, preset: str | None, said: dict[str, Any], resume: bool, overwrite: bool
 ) -> None:
     shown = Console(soft_wrap=True, quiet=rank() > 0)  # under torchrun one process speaks
-    if data is not None and not data.strip():
-        raise RecipeError("--data: expected digits, mnist, fake, a folder or shards, got nothing")
+    if data is not None:
+        check_data(data)
     folder = str(output or TrainConfig.recipe(data or "digits").output)
     started = time.time()
     if resume:

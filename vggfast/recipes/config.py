@@ -57,6 +57,12 @@ MOST_THREADS = 1024  # a pool of more takes minutes to start, and no machine run
 FREE_SETTINGS = {"output", "device", "threads", "workers", "save_every", "tensorboard", "gradient_checkpointing"}
 
 
+def check_data(data: str) -> None:
+    """RecipeError where no data are named: as a path, that is the folder where the program runs."""
+    if not data.strip():
+        raise RecipeError("--data: expected digits, mnist, fake, a folder or shards, got nothing")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that determines a run. The defaults are the recipe for the digits.
@@ -193,11 +199,8 @@ class TrainConfig:
             defaults = DIGITS_WITHOUT_BATCH_NORM
         else:
             defaults = RECIPES[data]
-        name = (
-            os.path.basename(os.path.realpath(data))
-            if not data.endswith(".tar")
-            else Path(data).parent.name or "shards"
-        )
+        folder = Path(data).parent.name or "shards"
+        name = folder if data.endswith(".tar") else os.path.basename(os.path.realpath(data))
         return cls(**{"data": data, "output": str(Path("runs") / name), **defaults, **settings})
 
     @classmethod

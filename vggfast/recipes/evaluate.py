@@ -16,6 +16,7 @@ from vggfast.loading import LoadedModel
 from vggfast.preprocessing import Normalisation
 from vggfast.recipes import RecipeError, pictures, shards
 from vggfast.recipes import data as datasets
+from vggfast.recipes.config import check_data
 from vggfast.recipes.views import Classifier, Views
 
 BUILT_IN = ("digits", "mnist", "fake")
@@ -61,8 +62,7 @@ def find(data: str, *, size: int = 224, limit: int | None = None, held_out: bool
 
     Raises RecipeError for a folder or shard that is missing, damaged or without images, and where a needed package is not installed.
     """
-    if not data.strip():  # as a path, the folder where the program runs
-        raise RecipeError("--data: expected digits, mnist, fake, a folder or shards, got nothing")
+    check_data(data)
     if data in BUILT_IN:
         loaded = datasets.load(data, size=size, batch_size=256, seed=0)
         assert isinstance(loaded, datasets.TensorData)
